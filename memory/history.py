@@ -1,0 +1,279 @@
+"""The history: the one append-only record of what was lived through.
+
+Everything that learns reads from here by increasing id: experience buffers, the episodic index, distillation.
+Nobody keeps a second truth. An exchange is one row, written in one transaction before its request is acknowledged
+as finished, so ``kill -9`` can lose an answer in flight but never one that the client saw end.
+
+Deleting sets a tombstone: the row's text is blanked at once, its id stays so that cursors do not move.
+Not here: what an experience teaches (``olympus``), how it is recalled (episodic memory).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy import orm
+
+from storage.database import Database
+from storage.models import Experience, Session
+
+EntryType = Literal["Observation", "Action", "Feedback"]
+Listener = Callable[[list["Record"]], None]
+
+
+class HistoryError(ValueError):
+    """The history was asked for something it cannot do; the message says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of an agent's life, as the agents and the snapshots see it."""
+
+    type: EntryType
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class NewExperience:
+    """What a caller wants remembered. ``request_id`` makes a retry harmless: the first write wins."""
+
+    observation: str
+    action: str
+    domain: str
+    source: str
+    feedback: str | None = None
+    score: float | None = None
+    session_id: str | None = None
+    episode_id: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    request_id: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.domain or len(self.domain) > 64:
+            raise HistoryError("domain: give a name of 1 to 64 characters")
+        if not self.observation and not self.action:
+            raise HistoryError("an experience needs an observation, an action, or both")
+        if any("\x00" in text for text in (self.observation, self.action, self.feedback or "")):
+            raise HistoryError("text must not contain NUL characters")  # PostgreSQL cannot store them
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A stored experience. ``deleted`` ones have empty texts."""
+
+    id: int
+    domain: str
+    source: str
+    observation: str
+    action: str
+    feedback: str | None
+    score: float | None
+    session_id: str | None
+    episode_id: str | None
+    messages: list[dict[str, Any]] | None
+    meta: dict[str, Any]
+    content_hash: str
+    created_at: float
+    deleted: bool
+
+    def entries(self) -> list[Entry]:
+        """The record as agent entries, in the order they happened."""
+        named: list[tuple[EntryType, str | None]] = [
+            ("Observation", self.observation),
+            ("Action", self.action),
+            ("Feedback", self.feedback),
+        ]
+        return [Entry(kind, text) for kind, text in named if text]
+
+
+def content_hash(observation: str, action: str) -> str:
+    """Hex SHA-256 of what was observed and done; equal content, equal hash, whatever the feedback."""
+    return hashlib.sha256(f"{len(observation)}:{observation}{action}".encode()).hexdigest()
+
+
+class History:
+    """Append, read by cursor, give feedback, delete. Safe to use from all threads."""
+
+    def __init__(self, database: Database):
+        self._database = database
+        self._listeners: list[Listener] = []
+        self._listeners_lock = threading.Lock()
+
+    def subscribe(self, listener: Listener) -> None:
+        """Call ``listener(records)`` after each commit, in the writer's thread: it must return at once."""
+        with self._listeners_lock:
+            self._listeners.append(listener)
+
+    def append(self, items: Sequence[NewExperience]) -> list[Record]:
+        """Write ``items`` in one transaction and return them stored, in order.
+
+        An item whose ``request_id`` is known already is not written again: the stored one is returned.
+        """
+        fresh: list[Record] = []
+        stored: list[Record] = []
+        with self._database.write() as session:
+            known = self._known(session, [item.request_id for item in items if item.request_id])
+            for item in items:
+                row = known.get(item.request_id or "")
+                if row is None:
+                    row = _row(item)
+                    session.add(row)
+                    session.flush()
+                    if item.request_id:
+                        known[item.request_id] = row
+                    self._touch_session(session, item, row.created_at)
+                    fresh.append(_record(row))
+                stored.append(_record(row))
+        if fresh:
+            for listener in self._snapshot():
+                listener(fresh)
+        return stored
+
+    def page(
+        self,
+        *,
+        domain: str | None = None,
+        session_id: str | None = None,
+        before: int | None = None,
+        limit: int = 50,
+        include_deleted: bool = False,
+    ) -> list[Record]:
+        """The newest ``limit`` records older than id ``before``, newest first."""
+        query = sa.select(Experience).order_by(Experience.id.desc()).limit(limit)
+        if before is not None:
+            query = query.where(Experience.id < before)
+        return self._fetch(_filtered(query, domain, session_id, include_deleted))
+
+    def since(self, cursor: int, *, domain: str | None = None, limit: int = 500) -> list[Record]:
+        """Up to ``limit`` records with id above ``cursor``, oldest first, tombstones included.
+
+        Tombstones are included so that a reader that remembers texts learns to forget them.
+        """
+        query = sa.select(Experience).where(Experience.id > cursor).order_by(Experience.id).limit(limit)
+        return self._fetch(_filtered(query, domain, None, include_deleted=True))
+
+    def get(self, experience_id: int) -> Record | None:
+        """One record, or None."""
+        with self._database.read() as session:
+            row = session.get(Experience, experience_id)
+            return None if row is None else _record(row)
+
+    def count(self, *, domain: str | None = None) -> int:
+        """How many records are not deleted."""
+        query = _filtered(sa.select(sa.func.count(Experience.id)), domain, None, include_deleted=False)
+        with self._database.read() as session:
+            return session.scalar(query) or 0
+
+    def give_feedback(self, experience_id: int, feedback: str | None, score: float | None) -> Record | None:
+        """Attach what came back later to a record; None when there is no such record."""
+        with self._database.write() as session:
+            row = session.get(Experience, experience_id)
+            if row is None or row.deleted_at is not None:
+                return None
+            row.feedback, row.score = feedback, score
+            return _record(row)
+
+    def delete(
+        self, *, experience_id: int | None = None, session_id: str | None = None, domain: str | None = None
+    ) -> int:
+        """Tombstone what matches all the given filters and blank its text; returns how many.
+
+        Raises ``HistoryError`` when no filter is given: forgetting everything must be asked for by domain.
+        """
+        given = {Experience.id: experience_id, Experience.session_id: session_id, Experience.domain: domain}
+        filters = [column == value for column, value in given.items() if value is not None]
+        if not filters:
+            raise HistoryError("say what to delete: an id, a session, or a domain")
+        blank: dict[str, Any] = {"observation": "", "action": "", "feedback": None, "messages": None, "meta": {}}
+        statement = sa.update(Experience).where(*filters, Experience.deleted_at.is_(None))
+        with self._database.write() as session:
+            result = session.execute(statement.values(deleted_at=time.time(), **blank))
+            return int(getattr(result, "rowcount", 0))
+
+    def sessions(self, limit: int = 100) -> list[dict[str, Any]]:
+        """The conversations, most recently used first, as plain dicts."""
+        query = sa.select(Session).order_by(Session.updated_at.desc()).limit(limit)
+        with self._database.read() as session:
+            return [
+                {"id": row.id, "title": row.title, "domain": row.domain, "updated_at": row.updated_at}
+                for row in session.scalars(query)
+            ]
+
+    def _fetch(self, query: Any) -> list[Record]:
+        with self._database.read() as session:
+            return [_record(row) for row in session.scalars(query)]
+
+    def _snapshot(self) -> list[Listener]:
+        with self._listeners_lock:
+            return list(self._listeners)
+
+    @staticmethod
+    def _known(session: orm.Session, request_ids: list[str]) -> dict[str, Experience]:
+        if not request_ids:
+            return {}
+        rows = session.scalars(sa.select(Experience).where(Experience.request_id.in_(request_ids)))
+        return {row.request_id: row for row in rows if row.request_id}
+
+    @staticmethod
+    def _touch_session(session: orm.Session, item: NewExperience, now: float) -> None:
+        if item.session_id is None:
+            return
+        row = session.get(Session, item.session_id)
+        if row is None:
+            title = " ".join(item.observation.split())[:80]
+            session.add(Session(id=item.session_id, title=title, domain=item.domain, updated_at=now))
+            session.flush()
+        else:
+            row.updated_at = now
+
+
+def _filtered(query: Any, domain: str | None, session_id: str | None, include_deleted: bool) -> Any:
+    if domain is not None:
+        query = query.where(Experience.domain == domain)
+    if session_id is not None:
+        query = query.where(Experience.session_id == session_id)
+    return query if include_deleted else query.where(Experience.deleted_at.is_(None))
+
+
+def _row(item: NewExperience) -> Experience:
+    return Experience(
+        domain=item.domain,
+        session_id=item.session_id,
+        episode_id=item.episode_id,
+        source=item.source,
+        observation=item.observation,
+        action=item.action,
+        feedback=item.feedback,
+        score=item.score,
+        messages=item.messages,
+        meta=item.meta,
+        content_hash=content_hash(item.observation, item.action),
+        request_id=item.request_id,
+        created_at=time.time(),
+    )
+
+
+def _record(row: Experience) -> Record:
+    return Record(
+        id=row.id,
+        domain=row.domain,
+        source=row.source,
+        observation=row.observation,
+        action=row.action,
+        feedback=row.feedback,
+        score=row.score,
+        session_id=row.session_id,
+        episode_id=row.episode_id,
+        messages=row.messages,
+        meta=row.meta,
+        content_hash=row.content_hash,
+        created_at=row.created_at,
+        deleted=row.deleted_at is not None,
+    )

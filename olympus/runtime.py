@@ -1,0 +1,256 @@
+"""The one place where the parts are put together, started and stopped.
+
+``Runtime(settings)`` only wires objects: no thread, no lock, no file, no model. ``start()`` does all of that, in
+the process that serves; ``shutdown()`` undoes it within a deadline. The language model loads on its own thread, so
+that the port answers at once and ``/readyz`` tells how far it is.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import structlog
+
+from memory.history import History, Record
+from olympus.access import KeyStore
+from olympus.admission import Admission
+from olympus.chat import ChatService
+from olympus.errors import ModelNotReady
+from olympus.zeus import Zeus
+from settings import LOOPBACK_HOSTS, Settings, SettingsError
+from storage import files, migrate
+from storage.database import Database
+from storage.errors import StorageError
+from telemetry.hub import EventHub
+
+if TYPE_CHECKING:  # torch and transformers are imported by the loader thread, not at start-up
+    from workspace.engine import Engine
+
+log = structlog.get_logger(__name__)
+
+Stage = Literal["disabled", "loading", "ready", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """Where the language model stands. ``fraction`` is the share done of the current step, if known."""
+
+    stage: Stage
+    name: str
+    detail: str = ""
+    fraction: float | None = None
+
+
+class Runtime:
+    """Everything a request can reach. Make one per process; ``create_app`` keeps it in ``app.extensions``."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.stop_event = threading.Event()
+        self.started_at: float | None = None
+        self.cookie_secret = b""
+        self.listening: list[Any] = []
+        self.hub = EventHub(settings.telemetry.ring_events)
+        self.database = Database(settings.database_url, busy_timeout_ms=settings.database.busy_timeout_ms)
+        self.history = History(self.database)
+        self.keys = KeyStore(self.database, settings.server.api_key)
+        self.admission = Admission(settings.server.max_chats, settings.server.max_streams)
+        self.zeus = Zeus(
+            settings, self.database, self.history, self.hub, self.stop_event, serving_busy=self._engine_is_busy
+        )
+        self.chat = ChatService(settings, lambda: self.engine, self.history, self.hub)
+        self._lock = files.DataDirLock(settings.data_dir)
+        self._engine: Engine | None = None
+        self._model_state = ModelState("loading" if settings.model.load else "disabled", settings.model.name)
+        self._loader: threading.Thread | None = None
+
+    # -- life -------------------------------------------------------------------------------------------------
+
+    def start(
+        self,
+        *,
+        heartbeat: Callable[[], None] = lambda: None,
+        listening: Sequence[Any] = (),
+        wait_for_model: bool = False,
+    ) -> None:
+        """Take the data directory, migrate, clean up, resume the kernels, begin to load the model.
+
+        ``heartbeat`` is called while it waits for a predecessor to let go of the directory. Raises
+        ``DataDirInUse``, ``SettingsError`` or ``StorageError``; nothing runs then.
+        """
+        self._take_data_directory(heartbeat)
+        try:
+            backup = migrate.upgrade(self.database)
+            if backup is not None:
+                log.info("database migrated", backup=backup.name, schema=migrate.head())
+            self._refuse_open_door(listening)
+            for root in {self.settings.data_dir, self.settings.kernel_dir}:
+                for leftover in files.sweep_partials(root):
+                    log.info("removed what an interrupted write left", name=leftover.name)
+            self.cookie_secret = self._load_cookie_secret()
+            self.history.subscribe(self._announce_history)
+            self.zeus.start()
+        except BaseException:
+            self._lock.release()
+            raise
+        self.listening = list(listening)
+        self.started_at = time.time()
+        if self.settings.model.load:
+            self._loader = threading.Thread(target=self._load_model, name="model-loader", daemon=True)
+            self._loader.start()
+            if wait_for_model:
+                self._loader.join()
+        log.info("started", urls=self.urls, data_dir=str(self.settings.data_dir))
+
+    @property
+    def urls(self) -> list[str]:
+        """Where the server answers, as a person would type it."""
+        pairs = [address[:2] for address in self.listening if isinstance(address, tuple)]
+        return [f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host, port in pairs]
+
+    def shutdown(self, deadline: float = 20.0) -> None:
+        """Stop everything within ``deadline`` seconds; safe to call twice and after a failed start."""
+        self.stop_event.set()
+        if self.started_at is None:
+            return
+        begun = time.monotonic()
+        if self._engine is not None:
+            self._engine.stop(timeout=min(5.0, deadline / 4))
+        self.zeus.shutdown(max(1.0, deadline - (time.monotonic() - begun) - 1.0))
+        self.database.close()
+        self._lock.release()
+        self.started_at = None
+        log.info("stopped", seconds=round(time.monotonic() - begun, 2))
+
+    def _take_data_directory(self, heartbeat: Callable[[], None]) -> None:
+        """A predecessor of the same arbiter (a reload) may still drain: wait for it; anybody else is an error."""
+        give_up = time.monotonic() + self.settings.server.grace_seconds
+        while True:
+            try:
+                self._lock.acquire()
+                return
+            except files.DataDirInUse as error:
+                if error.owner.get("ppid") != os.getppid() or time.monotonic() > give_up:
+                    raise
+            heartbeat()
+            self.stop_event.wait(0.2)
+
+    def _refuse_open_door(self, listening: Sequence[Any]) -> None:
+        hosts = {str(address[0]) for address in listening if isinstance(address, tuple)} or {self.settings.server.host}
+        open_hosts = sorted(host for host in hosts if host not in LOOPBACK_HOSTS)
+        if open_hosts and not self.keys.any_active():
+            raise SettingsError(
+                f"refusing to listen on {', '.join(open_hosts)} without an API key: anybody on the network could use "
+                "this server. Create one with `python -m cli.main keys create NAME`, or set OLYMPUS_SERVER__API_KEY, "
+                "or listen on 127.0.0.1"
+            )
+
+    def _load_cookie_secret(self) -> bytes:
+        path = self.settings.data_dir / "secret.key"
+        if not path.exists():
+            files.write_bytes(path, secrets.token_bytes(32), mode=0o600)
+        return path.read_bytes()
+
+    def _announce_history(self, records: list[Record]) -> None:
+        newest = records[-1]
+        self.hub.publish(
+            "history", {"newest_id": newest.id, "domain": newest.domain, "source": newest.source}, key="history"
+        )
+
+    # -- the language model -----------------------------------------------------------------------------------
+
+    @property
+    def model_state(self) -> ModelState:
+        """Where loading stands; a consistent snapshot."""
+        return self._model_state
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, or ``ModelNotReady`` with what to do."""
+        if self._engine is None:
+            state = self._model_state
+            reasons = {
+                "disabled": "this server runs without a language model (model.load is false)",
+                "loading": f"the model {state.name} is still loading ({state.detail or 'starting'}); try again shortly",
+                "failed": f"the model {state.name} could not be loaded: {state.detail}",
+            }
+            raise ModelNotReady(reasons.get(state.stage, "the model is not ready"))
+        return self._engine
+
+    def _engine_is_busy(self) -> bool:
+        return self._engine is not None and self._engine.is_busy
+
+    def _tell(self, stage: Stage, detail: str, fraction: float | None = None) -> None:
+        self._model_state = replace(self._model_state, stage=stage, detail=detail, fraction=fraction)
+        data = {"stage": stage, "name": self._model_state.name, "detail": detail, "fraction": fraction}
+        self.hub.publish("model", data, key="model")
+
+    def _load_model(self) -> None:
+        begun = time.monotonic()
+        try:
+            self._engine = self._make_engine()
+        except Exception as error:  # the thread's last line of defence: the state carries the reason to the user
+            from workspace.errors import WorkspaceError
+
+            known = isinstance(error, WorkspaceError)
+            self._tell("failed", str(error) if known else "an unexpected error; see the server's log")
+            log.error("model failed to load", model=self.settings.model.name, exc_info=not known, reason=str(error))
+            return
+        self._tell("ready", f"loaded in {time.monotonic() - begun:.1f} s")
+        log.info("model ready", model=self.settings.model.name, seconds=round(time.monotonic() - begun, 2))
+
+    def _make_engine(self) -> Engine:
+        from workspace.engine import Engine
+        from workspace.models import load_model
+
+        model, engine = self.settings.model, self.settings.engine
+        loaded = load_model(
+            model.name,
+            cache_dir=model.cache_dir,
+            dtype=model.dtype,
+            device=model.device,
+            revision=model.revision,
+            progress=lambda detail, fraction: self._tell("loading", detail, fraction),
+        )
+        self._tell("loading", "warming up")
+        made = Engine(
+            loaded,
+            max_active=engine.max_active,
+            max_waiting=engine.max_waiting,
+            threads=model.threads,
+            prefill_chunk=engine.prefill_chunk,
+        )
+        made.start()
+        made.warm_up()
+        return made
+
+    # -- health -----------------------------------------------------------------------------------------------
+
+    def readiness(self) -> tuple[bool, dict[str, str]]:
+        """Whether requests can be served, and each check with ``ok`` or the reason why not."""
+        checks = {
+            "started": "ok" if self.started_at else "not started",
+            "data_directory": "ok" if self._lock.held else "not locked",
+            "database": self._database_check(),
+            "model": "ok" if self._model_state.stage in ("ready", "disabled") else self._model_line(),
+            "stopping": "the server is stopping" if self.stop_event.is_set() else "ok",
+        }
+        return all(value == "ok" for value in checks.values()), checks
+
+    def _database_check(self) -> str:
+        try:
+            self.database.check()
+        except StorageError as error:
+            return str(error)
+        return "ok"
+
+    def _model_line(self) -> str:
+        state = self._model_state
+        share = "" if state.fraction is None else f" {state.fraction:.0%}"
+        return f"{state.stage}: {state.detail}{share}".strip()

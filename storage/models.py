@@ -1,0 +1,200 @@
+"""The tables: what the process knows that must outlive it.
+
+One declarative model per table, the same on SQLite and PostgreSQL (no dialect's own types or SQL here). Times are
+UTC seconds since the epoch (float): they sort, compare and travel as JSON without conversion. Rows of the history
+are never updated except for feedback and the tombstone; everything that learns reads them by increasing ``id``.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, Integer, String, Text, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+# SQLite only auto-increments a column whose type is exactly INTEGER.
+_Id = BigInteger().with_variant(Integer, "sqlite")
+
+
+class Base(DeclarativeBase):
+    """Common base; its metadata is what the migrations are checked against."""
+
+
+class Session(Base):
+    """A conversation that a client named, or that the dashboard opened."""
+
+    __tablename__ = "sessions"
+
+    id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    title: Mapped[str] = mapped_column(String(200), default="")
+    domain: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[float] = mapped_column(Float, default=time.time)
+    updated_at: Mapped[float] = mapped_column(Float, default=time.time, index=True)
+
+
+class Episode(Base):
+    """A run of experiences that belong together and may share a score (an agent's task, a test)."""
+
+    __tablename__ = "episodes"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    domain: Mapped[str] = mapped_column(String(64), index=True)
+    score: Mapped[float | None] = mapped_column(Float)
+    created_at: Mapped[float] = mapped_column(Float, default=time.time)
+    finished_at: Mapped[float | None] = mapped_column(Float)
+
+
+class Experience(Base):
+    """One thing that was lived through: what was observed, what was done, what came back.
+
+    ``messages`` holds the whole request of a chat; ``observation`` its last user turn; ``action`` the answer.
+    ``request_id`` makes a retried write idempotent. ``deleted_at`` is the tombstone.
+    """
+
+    __tablename__ = "experiences"
+    __table_args__ = (
+        Index("ix_experiences_domain_id", "domain", "id"),
+        Index("ix_experiences_session_id", "session_id", "id"),
+    )
+
+    id: Mapped[int] = mapped_column(_Id, primary_key=True, autoincrement=True)
+    domain: Mapped[str] = mapped_column(String(64))
+    session_id: Mapped[str | None] = mapped_column(String(128))
+    episode_id: Mapped[str | None] = mapped_column(String(64), index=True)
+    source: Mapped[str] = mapped_column(String(32))
+    observation: Mapped[str] = mapped_column(Text)
+    action: Mapped[str] = mapped_column(Text)
+    feedback: Mapped[str | None] = mapped_column(Text)
+    score: Mapped[float | None] = mapped_column(Float)
+    messages: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON)
+    meta: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    content_hash: Mapped[str] = mapped_column(String(64), index=True)
+    request_id: Mapped[str | None] = mapped_column(String(128), unique=True)
+    created_at: Mapped[float] = mapped_column(Float, default=time.time, index=True)
+    deleted_at: Mapped[float | None] = mapped_column(Float)
+
+
+class Kernel(Base):
+    """An M8 kernel: who it is, what it was asked to do, and where its training stands."""
+
+    __tablename__ = "kernels"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    god_name: Mapped[str] = mapped_column(String(64))
+    domain: Mapped[str] = mapped_column(String(64), index=True)
+    state: Mapped[str] = mapped_column(String(16), index=True)
+    state_reason: Mapped[str] = mapped_column(Text, default="")
+    wanted: Mapped[str] = mapped_column(String(16), default="train")
+    step: Mapped[int] = mapped_column(Integer, default=0)
+    config: Mapped[dict[str, Any]] = mapped_column(JSON)
+    seed: Mapped[int] = mapped_column(BigInteger)
+    parents: Mapped[list[str]] = mapped_column(JSON, default=list)
+    reason: Mapped[str] = mapped_column(Text, default="")
+    idempotency_key: Mapped[str | None] = mapped_column(String(128), unique=True)
+    summary: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    created_at: Mapped[float] = mapped_column(Float, default=time.time)
+    updated_at: Mapped[float] = mapped_column(Float, default=time.time)
+
+
+class KernelMetric(Base):
+    """One measured step of one kernel. Null means not measured at that step."""
+
+    __tablename__ = "kernel_metrics"
+
+    kernel_id: Mapped[str] = mapped_column(ForeignKey("kernels.id", ondelete="CASCADE"), primary_key=True)
+    step: Mapped[int] = mapped_column(Integer, primary_key=True)
+    at: Mapped[float] = mapped_column(Float, default=time.time)
+    loss: Mapped[float | None] = mapped_column(Float)
+    holdout_loss: Mapped[float | None] = mapped_column(Float)
+    baseline_loss: Mapped[float | None] = mapped_column(Float)
+    phi: Mapped[float | None] = mapped_column(Float)
+    kappa: Mapped[float | None] = mapped_column(Float)
+    regime: Mapped[str | None] = mapped_column(String(16))
+    grad_norm: Mapped[float | None] = mapped_column(Float)
+    basin_drift: Mapped[float | None] = mapped_column(Float)
+    step_ms: Mapped[float | None] = mapped_column(Float)
+
+
+class Checkpoint(Base):
+    """A published checkpoint directory of a kernel."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (UniqueConstraint("kernel_id", "name"),)
+
+    id: Mapped[int] = mapped_column(_Id, primary_key=True, autoincrement=True)
+    kernel_id: Mapped[str] = mapped_column(ForeignKey("kernels.id", ondelete="CASCADE"), index=True)
+    name: Mapped[str] = mapped_column(String(64))
+    step: Mapped[int] = mapped_column(Integer)
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(String(64))
+    holdout_loss: Mapped[float | None] = mapped_column(Float)
+    phi: Mapped[float | None] = mapped_column(Float)
+    converged: Mapped[bool] = mapped_column(default=False)
+    pinned: Mapped[bool] = mapped_column(default=False)
+    created_at: Mapped[float] = mapped_column(Float, default=time.time)
+
+
+class Cartridge(Base):
+    """A trained KV prefix and where it came from."""
+
+    __tablename__ = "cartridges"
+    __table_args__ = (UniqueConstraint("domain", "version"),)
+
+    id: Mapped[str] = mapped_column(String(96), primary_key=True)
+    domain: Mapped[str] = mapped_column(String(64), index=True)
+    version: Mapped[int] = mapped_column(Integer)
+    parent_id: Mapped[str | None] = mapped_column(String(96))
+    run_id: Mapped[str | None] = mapped_column(String(64))
+    state: Mapped[str] = mapped_column(String(16), index=True)
+    model_fingerprint: Mapped[str] = mapped_column(String(64))
+    slots: Mapped[int] = mapped_column(Integer)
+    manifest: Mapped[dict[str, Any]] = mapped_column(JSON)
+    created_at: Mapped[float] = mapped_column(Float, default=time.time)
+    promoted_at: Mapped[float | None] = mapped_column(Float)
+
+
+class DistillationRun(Base):
+    """One run of the pipeline from history to cartridge, with its lease and progress."""
+
+    __tablename__ = "distillation_runs"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    domain: Mapped[str] = mapped_column(String(64), index=True)
+    state: Mapped[str] = mapped_column(String(16), index=True)
+    trigger: Mapped[str] = mapped_column(String(32))
+    config: Mapped[dict[str, Any]] = mapped_column(JSON)
+    progress: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    error: Mapped[str | None] = mapped_column(Text)
+    lease_owner: Mapped[str | None] = mapped_column(String(64))
+    lease_expires_at: Mapped[float | None] = mapped_column(Float)
+    created_at: Mapped[float] = mapped_column(Float, default=time.time)
+    finished_at: Mapped[float | None] = mapped_column(Float)
+
+
+class ApiKey(Base):
+    """A credential. Only the SHA-256 of its 256-bit random secret is kept."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(String(16), primary_key=True)
+    name: Mapped[str] = mapped_column(String(100))
+    secret_sha256: Mapped[str] = mapped_column(String(64))
+    scopes: Mapped[list[str]] = mapped_column(JSON)
+    created_at: Mapped[float] = mapped_column(Float, default=time.time)
+    expires_at: Mapped[float | None] = mapped_column(Float)
+    last_used_at: Mapped[float | None] = mapped_column(Float)
+    revoked_at: Mapped[float | None] = mapped_column(Float)
+
+
+class AuditEvent(Base):
+    """Who changed what, append-only."""
+
+    __tablename__ = "audit"
+
+    id: Mapped[int] = mapped_column(_Id, primary_key=True, autoincrement=True)
+    at: Mapped[float] = mapped_column(Float, default=time.time, index=True)
+    actor: Mapped[str] = mapped_column(String(64))
+    action: Mapped[str] = mapped_column(String(64))
+    target: Mapped[str] = mapped_column(String(128))
+    detail: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)

@@ -1,0 +1,102 @@
+"""The history: one transaction, idempotent, tombstones, cursors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from memory.history import Entry, History, HistoryError, NewExperience, Record
+from storage import migrate
+from storage.database import Database
+
+
+@pytest.fixture
+def history(tmp_path: Path) -> Iterator[History]:
+    database = Database(f"sqlite:///{tmp_path}/test.db")
+    migrate.upgrade(database)
+    yield History(database)
+    database.close()
+
+
+def _new(observation: str, action: str = "a", **extra: object) -> NewExperience:
+    fields: dict[str, object] = {"domain": "general", "source": "test", **extra}
+    return NewExperience(observation, action, **fields)  # type: ignore[arg-type]
+
+
+def test_append_returns_what_is_stored_and_tells_listeners_after_commit(history: History) -> None:
+    seen: list[Record] = []
+    history.subscribe(lambda records: seen.extend(history.get(record.id) for record in records))  # type: ignore[misc]
+    stored = history.append([_new("one", feedback="Correct!", score=1.0), _new("two")])
+    assert [record.id for record in stored] == [1, 2]
+    assert seen == stored == list(reversed(history.page()))
+    assert stored[0].entries() == [Entry("Observation", "one"), Entry("Action", "a"), Entry("Feedback", "Correct!")]
+
+
+def test_a_retry_with_the_same_request_id_is_written_once(history: History) -> None:
+    first = history.append([_new("one", request_id="r1")])
+    again = history.append([_new("other", request_id="r1"), _new("x", request_id="r2"), _new("y", request_id="r2")])
+    assert again[0] == first[0]
+    assert again[1] == again[2]
+    assert history.count() == 2
+
+
+def test_one_bad_item_writes_nothing(history: History) -> None:
+    with pytest.raises(HistoryError, match="NUL"):
+        history.append([_new("fine"), _new("\x00")])
+    assert history.count() == 0
+
+
+@pytest.mark.parametrize("bad", [{"domain": ""}, {"domain": "x" * 65}, {"observation": "", "action": ""}])
+def test_a_meaningless_experience_cannot_be_made(bad: dict[str, str]) -> None:
+    with pytest.raises(HistoryError):
+        _new(bad.pop("observation", "o"), bad.pop("action", "a"), **bad)
+
+
+def test_deleting_blanks_the_text_and_keeps_the_cursor(history: History) -> None:
+    history.append([_new("secret", session_id="s", messages=[{"role": "user", "content": "secret"}]), _new("b")])
+    assert history.delete(experience_id=1) == 1
+    assert history.delete(experience_id=1) == 0
+    assert [record.id for record in history.page()] == [2]
+    tombstone, other = history.since(0)
+    assert tombstone.deleted
+    assert (tombstone.observation, tombstone.action, tombstone.messages) == ("", "", None)
+    assert other.observation == "b"
+    assert history.give_feedback(1, "late", None) is None
+
+
+def test_delete_needs_a_filter_and_respects_it(history: History) -> None:
+    history.append([_new("1", session_id="s"), _new("2", session_id="t"), _new("3", domain="other")])
+    with pytest.raises(HistoryError, match="say what to delete"):
+        history.delete()
+    assert history.delete(session_id="s") == 1
+    assert history.delete(domain="other") == 1
+    assert [record.observation for record in history.page()] == ["2"]
+
+
+def test_pages_and_cursors_walk_everything_once(history: History) -> None:
+    history.append([_new(str(i), domain="even" if i % 2 == 0 else "odd") for i in range(10)])
+    assert [r.observation for r in history.page(limit=3)] == ["9", "8", "7"]
+    assert [r.observation for r in history.page(before=8, domain="even")] == ["6", "4", "2", "0"]
+    assert [r.observation for r in history.since(4, limit=2)] == ["4", "5"]
+    assert history.count(domain="odd") == 5
+
+
+def test_sessions_are_titled_by_their_first_words(history: History) -> None:
+    history.append([_new("Hello   there,\nZeus", session_id="s1")])
+    history.append([_new("other", session_id="s2")])
+    history.append([_new("again", session_id="s1")])
+    assert [(item["id"], item["title"]) for item in history.sessions()] == [
+        ("s1", "Hello there, Zeus"),
+        ("s2", "other"),
+    ]
+
+
+def test_feedback_can_come_later(history: History) -> None:
+    history.append([_new("one")])
+    record = history.give_feedback(1, "Correct!", 1.0)
+    assert record is not None
+    assert (record.feedback, record.score) == ("Correct!", 1.0)
+    assert history.get(1) == record
+    assert history.give_feedback(99, "x", None) is None

@@ -1,0 +1,99 @@
+"""Settings: layering, unknown keys, masking, presets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cli.main import settings_page
+from settings import Settings, SettingsError, is_replit, load_settings, setting_paths
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_environment_wins_over_yaml_wins_over_defaults(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("server: {port: 1111, threads: 80}\nkernels: {retention: {every_100_steps: 7}}\n")
+    settings = load_settings(config, environ={"OLYMPUS_SERVER__PORT": "2222"})
+    assert (settings.server.port, settings.server.threads) == (2222, 80)
+    assert settings.kernels.retention.every_100_steps == 7
+    assert settings.kernels.retention.every_1000_steps == 10
+
+
+def test_port_data_dir_and_database_url_are_honoured(tmp_path: Path) -> None:
+    settings = load_settings(environ={"PORT": "8081", "OLYMPUS_DATA_DIR": str(tmp_path)})
+    assert settings.server.port == 8081
+    assert settings.data_dir == tmp_path
+    assert settings.database_url == f"sqlite:///{tmp_path}/olympus.db"
+    assert settings.kernel_dir == tmp_path / "kernels"
+    by_url = load_settings(environ={"DATABASE_URL": "postgres://u:p@db/olympus"})
+    assert by_url.database_url == "postgresql+psycopg://u:p@db/olympus"
+
+
+@pytest.mark.parametrize(
+    ("environ", "hint"),
+    [
+        ({"OLYMPUS_SERVER__PRT": "1"}, "server.prt: unknown key; did you mean server.port?"),
+        ({"OLYMPUS_SERVR__PORT": "1"}, "servr: unknown key; did you mean server?"),
+        ({"OLYMPUS_KERNELS__RETENTION__EVERY_100": "1"}, "did you mean kernels.retention.every_100_steps?"),
+        ({"OLYMPUS_QQQ": "1"}, "qqq: unknown key; `python -m cli.main config` prints the known ones"),
+        ({"OLYMPUS_SERVER__PORT": "ninety"}, "server.port: Input should be a valid integer"),
+        ({"OLYMPUS_SERVER": "1", "OLYMPUS_SERVER__PORT": "2"}, "OLYMPUS_SERVER is a single value"),
+        ({"OLYMPUS_SERVER__MAX_CHATS": "60"}, "must leave 8 of the 64 threads"),
+    ],
+)
+def test_bad_keys_and_values_say_what_to_do(environ: dict[str, str], hint: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(environ=environ)
+    assert hint in str(caught.value)
+
+
+def test_every_problem_is_named_at_once() -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(environ={"OLYMPUS_SERVER__PORT": "-1", "OLYMPUS_ENGINE__TOP_P": "0"})
+    assert "server.port" in str(caught.value)
+    assert "engine.top_p" in str(caught.value)
+
+
+def test_secrets_are_masked_and_never_in_errors() -> None:
+    settings = load_settings(environ={"OLYMPUS_SERVER__API_KEY": "hunter2", "DATABASE_URL": "sqlite:///hunter2"})
+    assert "hunter2" not in str(settings.masked()) + repr(settings)
+    with pytest.raises(SettingsError) as caught:
+        load_settings(environ={"OLYMPUS_SERVER__API_KEY": "[hunter2]"})
+    assert "hunter2" not in str(caught.value)
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Settings().server.port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_each_preset_is_valid(path: Path) -> None:
+    assert load_settings(path.stem, environ={}) == load_settings(path, environ={})
+
+
+def test_a_missing_or_malformed_file_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="one of: cpu_small"):
+        load_settings("nowhere", environ={})
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("a: [")
+    with pytest.raises(SettingsError, match="not valid YAML"):
+        load_settings(bad, environ={})
+    bad.write_text("- 1")
+    with pytest.raises(SettingsError, match="expected a mapping"):
+        load_settings(bad, environ={})
+
+
+def test_every_setting_is_described_and_documented() -> None:
+    for path, description, _ in setting_paths():
+        assert description, f"{path} has no description"
+    assert (ROOT / "docs" / "settings.md").read_text() == settings_page(), (
+        "docs/settings.md is out of date: python -m cli.main config --docs > docs/settings.md"
+    )
+
+
+def test_replit_is_recognised_by_its_id() -> None:
+    assert is_replit({"REPL_ID": "x"})
+    assert not is_replit({})
