@@ -118,7 +118,7 @@ class History:
         """
         fresh: list[Record] = []
         stored: list[Record] = []
-        with self._database.write() as session:
+        with self._database.write(ordered=True) as session:
             known = self._known(session, [item.request_id for item in items if item.request_id])
             for item in items:
                 row = known.get(item.request_id or "")

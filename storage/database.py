@@ -26,6 +26,7 @@ from sqlalchemy.pool import QueuePool
 from storage.errors import DatabaseUnavailable
 
 _WRITE_OPTION = "olympus_write"
+_ORDERED_WRITES = 0x4F4C594D  # "OLYM": the advisory lock of ordered writers
 
 
 class Database:
@@ -73,12 +74,16 @@ class Database:
             yield session
 
     @contextlib.contextmanager
-    def write(self) -> Iterator[Session]:
+    def write(self, *, ordered: bool = False) -> Iterator[Session]:
         """A write transaction, committed on leaving and rolled back on an exception.
 
-        When this returns, the rows are on disk. Objects stay readable afterwards.
+        When this returns, the rows are on disk. Objects stay readable afterwards. ``ordered`` transactions commit one
+        after the other, so that increasing ids also become visible in increasing order and a reader that remembers
+        the last id it saw misses none. On SQLite that is so anyway; PostgreSQL needs a lock for it.
         """
         with self._queue(), Session(self._writer, expire_on_commit=False) as session, session.begin():
+            if ordered and not self.is_sqlite:
+                session.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ORDERED_WRITES})
             yield session
 
     @contextlib.contextmanager

@@ -1,0 +1,82 @@
+"""Fixtures for all tests: what a machine may lack is a skip with a reason, or a failure where everything must run."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _skip_or_fail(reason: str) -> NoReturn:
+    if os.environ.get("OLYMPUS_TEST_REQUIRE_ALL") == "1":
+        pytest.fail(f"OLYMPUS_TEST_REQUIRE_ALL=1, but {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def skip_or_fail() -> Callable[[str], NoReturn]:
+    """``skip_or_fail("no browser")``: skips, or fails where OLYMPUS_TEST_REQUIRE_ALL=1 promises everything."""
+    return _skip_or_fail
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of public data sets (banking77, tinyshakespeare); skips where it is absent."""
+    path = Path(os.environ.get("OLYMPUS_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip("the shared data sets are not on this machine")
+    return path
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """``free_port()``: a TCP port on the loopback interface that nobody listened on a moment ago."""
+
+    def find() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]) -> Iterator[str]:
+    """A PostgreSQL server of our own on the loopback interface, as a SQLAlchemy URL."""
+    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+    found = binaries[-1] if binaries else (Path(shutil.which("postgres") or "") if shutil.which("postgres") else None)
+    if found is None:
+        _skip_or_fail("there are no PostgreSQL server binaries")
+    folder, port = tmp_path_factory.mktemp("postgres"), free_port()
+    user = {"user": _unprivileged_user()} if os.geteuid() == 0 else {}
+    if user:  # PostgreSQL refuses to run as root
+        for path in [folder, *folder.parents][:3]:
+            path.chmod(0o755)
+        shutil.chown(folder, user["user"])
+    data = folder / "data"
+    initdb = [found.with_name("initdb"), "-D", data, "-U", "olympus", "-A", "trust", "-E", "UTF8", "--no-sync"]
+    subprocess.run(initdb, check=True, capture_output=True, cwd=folder, **user)  # type: ignore[call-overload]
+    options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories= -c fsync=off"
+    control = [found.with_name("pg_ctl"), "-D", data, "-w", "-l", folder / "log"]
+    subprocess.run([*control, "-o", options, "start"], check=True, capture_output=True, cwd=folder, **user)  # type: ignore[call-overload]
+    yield f"postgresql+psycopg://olympus@127.0.0.1:{port}/postgres"
+    subprocess.run([*control, "-m", "immediate", "stop"], check=True, capture_output=True, cwd=folder, **user)  # type: ignore[call-overload]
+
+
+def _unprivileged_user() -> str:
+    for name in ("postgres", "nobody"):
+        try:
+            pwd.getpwnam(name)
+        except KeyError:
+            continue
+        return name
+    _skip_or_fail("PostgreSQL does not run as root, and there is no other user to run it")

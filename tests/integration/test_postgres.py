@@ -1,0 +1,76 @@
+"""The same storage code on PostgreSQL: migrations, history, eight writers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import sqlalchemy as sa
+
+from memory.history import History, NewExperience
+from storage import migrate
+from storage.database import Database
+
+pytestmark = pytest.mark.postgres
+
+
+@pytest.fixture
+def database(postgres_url: str) -> Iterator[Database]:
+    database = Database(postgres_url)
+    with database.transaction() as connection:
+        connection.execute(sa.text("DROP SCHEMA public CASCADE"))
+        connection.execute(sa.text("CREATE SCHEMA public"))
+    migrate.upgrade(database)
+    yield database
+    database.close()
+
+
+def test_migrations_and_models_agree(database: Database) -> None:
+    assert migrate.current(database) == migrate.head()
+    assert migrate.drift(database) == []
+
+
+def test_eight_writers_lose_nothing(database: Database) -> None:
+    history = History(database)
+    errors: list[Exception] = []
+
+    def write(index: int) -> None:
+        try:
+            for number in range(20):
+                history.append(
+                    [NewExperience(f"{index}-{number}", "a", "general", "test", request_id=f"{index}-{number}")]
+                )
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    followed: list[str] = []
+    cursor = 0
+    while any(thread.is_alive() for thread in threads):  # a reader by cursor, as every learner is
+        for record in history.since(cursor):
+            followed.append(record.observation)
+            cursor = record.id
+    followed += [record.observation for record in history.since(cursor)]
+    assert errors == []
+    assert history.count() == len(followed) == len(set(followed)) == 160
+
+
+def test_history_behaves_as_on_sqlite(database: Database) -> None:
+    history = History(database)
+    first = history.append([NewExperience("Φ > 0.7", "yes", "general", "test", session_id="s", meta={"n": 1})])[0]
+    assert history.get(first.id) == first
+    assert history.sessions()[0]["title"] == "Φ > 0.7"
+    assert history.delete(session_id="s") == 1
+    assert history.page() == []
+
+
+def test_an_unreachable_server_is_a_clear_error(free_port: object) -> None:
+    from storage.errors import DatabaseUnavailable
+
+    database = Database(f"postgresql+psycopg://olympus@127.0.0.1:{free_port()}/postgres")  # type: ignore[operator]
+    with pytest.raises(DatabaseUnavailable, match="cannot open the database"):
+        migrate.current(database)
+    database.close()
