@@ -165,6 +165,12 @@ class History:
             row = session.get(Experience, experience_id)
             return None if row is None else _record(row)
 
+    def find_request(self, request_id: str) -> Record | None:
+        """What was written for this request id, if anything was."""
+        with self._database.read() as session:
+            row = session.scalar(sa.select(Experience).where(Experience.request_id == request_id))
+            return None if row is None else _record(row)
+
     def count(self, *, domain: str | None = None) -> int:
         """How many records are not deleted."""
         query = _filtered(sa.select(sa.func.count(Experience.id)), domain, None, include_deleted=False)

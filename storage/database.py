@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Database:
         self.url = make_url(url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self._write_lock = threading.Lock()
+        self._write_observer: Callable[[float], None] | None = None
         self.engine = self._open(busy_timeout_ms)
         self._writer = self.engine.execution_options(**{_WRITE_OPTION: True})
 
@@ -81,10 +83,17 @@ class Database:
         after the other, so that increasing ids also become visible in increasing order and a reader that remembers
         the last id it saw misses none. On SQLite that is so anyway; PostgreSQL needs a lock for it.
         """
+        asked = time.perf_counter()
         with self._queue(), Session(self._writer, expire_on_commit=False) as session, session.begin():
             if ordered and not self.is_sqlite:
                 session.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ORDERED_WRITES})
             yield session
+        if self._write_observer is not None:
+            self._write_observer(time.perf_counter() - asked)
+
+    def observe_writes(self, observer: Callable[[float], None]) -> None:
+        """Tell ``observer`` how many seconds each committed write took, the wait for the lock included."""
+        self._write_observer = observer
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Connection]:

@@ -9,9 +9,12 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
+
+if TYPE_CHECKING:
+    from workspace.models import LoadedModel
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,6 +38,24 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("the shared data sets are not on this machine")
     return path
+
+
+@pytest.fixture(scope="session")
+def model_cache() -> Path:
+    """Where packaged models are kept converted between runs: OLYMPUS_CACHE_DIR, or ``.cache`` in the repository."""
+    return Path(os.environ.get("OLYMPUS_CACHE_DIR") or ROOT / ".cache")
+
+
+@pytest.fixture(scope="session")
+def smollm2(model_cache: Path) -> LoadedModel:
+    """SmolLM2-135M-Instruct in the default dtype, fetched and converted on first use; share it, never change it."""
+    from workspace.errors import ModelDownloadFailed
+    from workspace.models import load_model
+
+    try:
+        return load_model("smollm2-135m-instruct", cache_dir=model_cache, device="cpu")
+    except ModelDownloadFailed as error:
+        _skip_or_fail(f"SmolLM2 is not in {model_cache} and cannot be fetched: {error}")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-/* Making and updating elements without innerHTML: whatever comes from the server or the model is text. */
+/* Making and updating elements without parsing HTML: whatever comes from the server or the model is text. */
 
 const SVG_NS = "http://www.w3.org/2000/svg";
 

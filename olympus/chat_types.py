@@ -1,0 +1,119 @@
+"""What goes into a chat and what comes out of it, and what can go wrong on the way.
+
+Plain frozen values: no engine, no history, no HTTP. ``ChatService`` (chat.py) works with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from olympus.errors import InvalidAction, InvalidRequest, OlympusError
+
+FinishReason = Literal["stop", "length", "timeout", "cancelled"]
+
+
+class ModelNotFound(OlympusError):
+    """The request names a model that is not the loaded one."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class IdempotencyKeyReused(InvalidRequest):
+    """The ``Idempotency-Key`` came with a different request before; use a fresh key for each request."""
+
+    code = "idempotency_key_reused"
+
+
+class RequestInProgress(InvalidAction):
+    """A request with this ``Idempotency-Key`` is being answered right now; retry when it has ended."""
+
+    code = "request_in_progress"
+    retry_after = 1.0
+
+
+class GenerationFailed(OlympusError):
+    """The model failed on this request; the server's log says why."""
+
+    code = "generation_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """What a client wants. None means: as the settings say. ``messages`` hold plain text contents."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: bool = False
+    top_logprobs: int = 0
+    session_id: str | None = None
+    domain: str | None = None
+    idempotency_key: str | None = None
+    actor: str = "local"
+
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of what decides the answer; equal for a true retry."""
+        content = {field.name: getattr(self, field.name) for field in fields(self)}
+        del content["idempotency_key"], content["actor"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=dict).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """The served model. ``id`` is what clients name; a local path shows only its last part."""
+
+    id: str
+    name: str
+    context_length: int
+    fingerprint: str
+
+    def answers_to(self, name: str) -> bool:
+        """True when ``name`` means this model."""
+        return name in (self.id, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenInfo:
+    """A token as text, its log-probability, and its UTF-8 bytes; None where it is only part of a character."""
+
+    token: str
+    logprob: float
+    bytes: tuple[int, ...] | None
+    top: tuple[TokenInfo, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Text that is certain now, and the tokens behind it when log-probabilities were asked for."""
+
+    text: str
+    tokens: tuple[TokenInfo, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFinished:
+    """The last event; the exchange is in the history. ``timings`` are seconds, None where never reached."""
+
+    finish_reason: FinishReason
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    experience_id: int | None
+    domain: str
+    session_id: str | None
+    timings: Mapping[str, float | None]
+    replayed: bool = False

@@ -1,0 +1,266 @@
+/* One kernel: live charts, convergence, numbers, checkpoints, actions. */
+
+import { announce, byId, h, reconcile, replace, toast } from "./dom.js";
+import { api } from "./api.js";
+import { ago, bytes, decimal, duration, integer, isNumber, measured, percent } from "./format.js";
+import { drawGuides, StepChart } from "./chart.js";
+import { conditionItem, conditionsOf, sentenceOf } from "./convergence.js";
+import { wireForms } from "./kernel_forms.js";
+import { domainText, stateBadge, stateText } from "./kernel_view.js";
+import { Metrics } from "./metrics.js";
+import { keepFresh, live, throttle } from "./shell.js";
+
+const id = byId("kernel").dataset.kernelId;
+const path = `/olympus/kernels/${encodeURIComponent(id)}`;
+const metrics = new Metrics(`${path}/metrics`);
+const TABLE_ROWS = 50;
+let kernel = null;
+
+// -- charts ------------------------------------------------------------------------------------------------------
+
+const LOSS = [
+  { column: "holdout_loss", label: "Held-out", token: "--chart-holdout", width: 2.5 },
+  { column: "loss", label: "Training", token: "--chart-train", width: 1.25 },
+  { column: "baseline_loss", label: "Baseline", token: "--chart-baseline", width: 1.5, dash: [6, 5] },
+];
+const PHI = [{ column: "phi", label: "Φ", token: "--chart-phi", width: 2 }];
+
+const lossChart = new StepChart(byId("loss-chart"), { series: LOSS, height: 300, sync: "steps", range: lossRange });
+const phiChart = new StepChart(byId("phi-chart"), { series: PHI, height: 220, sync: "steps", range: () => [0, 1], draw: drawPhi });
+
+function lossRange(_, low, high) {
+  if (!isNumber(low) || !isNumber(high)) return [0, 1];
+  const space = Math.max(0.05, 0.06 * (high - low));
+  return [Math.max(0, low - space), high + space];
+}
+
+function drawPhi(plot) {
+  const c = kernel?.convergence ?? {};
+  drawGuides(plot, { value: c.phi_threshold ?? 0.7, band: phiBand(c) });
+}
+
+/** mean ± std of the last 100 measured values, over the steps they were measured at. */
+function phiBand(c) {
+  if (!isNumber(c.phi_mean) || !isNumber(c.phi_std) || c.steps_in_window < 100) return null;
+  const { step, phi } = metrics.columns;
+  const measuredSteps = step.filter((_, index) => phi[index] !== null);
+  if (measuredSteps.length < 2) return null;
+  const first = measuredSteps.at(-Math.min(100, measuredSteps.length));
+  return { from: first, to: measuredSteps.at(-1), low: c.phi_mean - c.phi_std, high: c.phi_mean + c.phi_std };
+}
+
+function renderCharts() {
+  const { columns } = metrics;
+  drawOrWait(lossChart, byId("loss-chart"), LOSS, "No step yet. Training begins when it has enough experiences.");
+  drawOrWait(phiChart, byId("phi-chart"), PHI, kernel?.phi.reason || "Φ is not measured yet.");
+  const holdout = metrics.last("holdout_loss");
+  const baseline = metrics.last("baseline_loss");
+  byId("loss-summary").textContent = metrics.length === 0 ? "" : [
+    `Nats per byte of the answer, over ${integer(columns.step.at(-1))} steps.`,
+    isNumber(holdout) ? `Held-out ${decimal(holdout)}` : "Held-out loss not measured yet",
+    isNumber(baseline) ? `against ${decimal(baseline)} for a baseline that ignores the question.` : "",
+  ].join(" ");
+  const phi = metrics.last("phi");
+  byId("phi-summary").textContent = isNumber(phi) ? `Now ${decimal(phi)}. The band is the mean and standard deviation of the last 100 values, once there are 100.` : "";
+  renderTwin("loss-table", LOSS);
+  renderTwin("phi-table", [...PHI, { column: "kappa", label: "κ" }]);
+}
+
+function drawOrWait(chart, box, series, text) {
+  const some = series.some(({ column }) => metrics.columns[column].some((value) => value !== null));
+  if (some) chart.setData([metrics.columns.step, ...series.map(({ column }) => metrics.columns[column])]);
+  else replace(box, text, () => h("p", { class: "chart-wait" }, text));
+}
+
+/** The table beside a chart, filled only while it is open: the newest rows first. */
+function renderTwin(tableId, series) {
+  const table = byId(tableId);
+  if (!table.closest("details").open) return;
+  const { step } = metrics.columns;
+  const indices = step.map((_, index) => index).filter((index) => series.some(({ column }) => metrics.columns[column][index] !== null)).slice(-TABLE_ROWS).reverse();
+  const cell = (value) => h("td", { class: "num" }, isNumber(value) ? decimal(value, 4) : h("span", { class: "missing" }, "not at this step"));
+  table.replaceChildren(
+    h("thead", {}, h("tr", {}, h("th", { scope: "col", class: "num" }, "Step"), series.map(({ label }) => h("th", { scope: "col", class: "num" }, label)))),
+    h("tbody", {}, indices.map((index) => h("tr", {}, h("th", { scope: "row", class: "num" }, integer(step[index])), series.map(({ column }) => cell(metrics.columns[column][index]))))));
+}
+
+// -- state and numbers -------------------------------------------------------------------------------------------
+
+function renderHead() {
+  byId("kernel-title").textContent = kernel.god_name;
+  document.title = `${kernel.god_name} · Olympus`;
+  byId("kernel-domain").textContent = domainText(kernel.domain);
+  replace(byId("kernel-state"), stateText(kernel), () => stateBadge(kernel.state, stateText(kernel)));
+  byId("kernel-sentence").textContent = sentenceOf(kernel);
+  const error = byId("kernel-error");
+  error.hidden = !kernel.error;
+  error.textContent = kernel.error ?? "";
+  renderActions();
+}
+
+function renderConvergence() {
+  const convergence = kernel.convergence ?? { converged: false, reason: "nothing has been measured yet" };
+  replace(byId("conditions"), conditionsOf(kernel), () => conditionsOf(kernel).map((item) => conditionItem(item, item.why)));
+  replace(byId("conv-verdict"), convergence.converged, () => stateBadge(convergence.converged ? "converged" : "queued", convergence.converged ? "converged" : "not yet"));
+  byId("conv-reason").textContent = convergence.reason ?? "";
+}
+
+function numberRows() {
+  const { loss, phi, basin, buffer, optimizer, throughput, cost } = kernel;
+  const idle = kernel.state === "training" ? "no step yet" : "it is not training";
+  const noBuffer = "the buffer is filled when it trains";
+  return [
+    ["Regime", phi.value === null ? null : kernel.regime, phi.reason],
+    ["Φ now", phi.value, phi.reason, decimal],
+    ["κ, coupling", kernel.kappa, phi.reason, decimal],
+    ["Basin drift", basin.drift, loss.gate, decimal],
+    ["Best held-out", loss.best, loss.gate, (value) => `${decimal(value)} at step ${integer(loss.best_step)}`],
+    ["Throughput", throughput.steps_per_second, idle, (value) => `${decimal(value, 1)} steps/s`],
+    ["One step", throughput.step_ms, idle, (value) => duration(value / 1000)],
+    ["Cost of Φ", cost.phi_share, idle, (value) => `${percent(value)} of training`],
+    ["Learning rate", optimizer.lr, idle, (value) => value.toExponential(1)],
+    ["Gradient norm", optimizer.grad_norm, idle, decimal],
+    ["Experiences", buffer?.size, noBuffer, (value) => `${integer(value)} of ${integer(buffer.capacity)}`],
+    ["Held out", buffer?.holdout, noBuffer, integer],
+    ["Parameters", kernel.parameters, "counted when it trains", integer],
+  ];
+}
+
+function renderNumbers() {
+  const rows = numberRows();
+  replace(byId("numbers"), rows.map(([name, value, reason]) => [name, value, reason]), () => rows.map(([name, value, reason, format]) =>
+    h("div", {}, h("dt", {}, name), h("dd", {}, typeof value === "string" ? value : measured(value, format, reason ?? "")))));
+}
+
+function render() {
+  renderHead();
+  renderConvergence();
+  renderNumbers();
+  phiChart.redraw();
+}
+
+// -- actions -----------------------------------------------------------------------------------------------------
+
+const ACTIONS = [
+  { name: "pause", label: "Pause", when: ["training", "queued", "waiting", "stalled"] },
+  { name: "resume", label: "Resume", when: ["paused", "stopped", "settled", "converged", "failed"] },
+  { name: "checkpoint", label: "Save a checkpoint", when: ["training"] },
+  { name: "stop", label: "Stop", when: ["training", "queued", "waiting", "paused", "stalled"] },
+];
+
+function renderActions() {
+  const box = byId("kernel-actions");
+  replace(box, kernel.state, () => [
+    ...ACTIONS.filter(({ when }) => when.includes(kernel.state)).map(({ name, label }) => h("button", { class: "button", type: "button", onclick: () => act(name, label) }, label)),
+    h("button", { class: "button", type: "button", dataset: { kind: "danger" }, onclick: askDelete }, "Delete"),
+  ]);
+}
+
+async function act(name, label) {
+  try {
+    await api.post(`${path}/${name}`);
+    toast(`${label}: accepted.`);
+  } catch (error) {
+    toast(`${label}: ${error.message}`, "bad");
+  }
+  await refresh();
+}
+
+function askDelete() {
+  byId("delete-name").textContent = kernel.god_name;
+  const dialog = byId("delete-dialog");
+  dialog.returnValue = "cancel";
+  dialog.showModal();
+}
+
+byId("delete-dialog").addEventListener("close", async (event) => {
+  if (event.currentTarget.returnValue !== "delete") return;
+  try {
+    await api.delete(path);
+    location.assign("/kernels");
+  } catch (error) {
+    toast(`It was not deleted: ${error.message}`, "bad");
+  }
+});
+
+// -- checkpoints -------------------------------------------------------------------------------------------------
+
+function checkpointRow(item) {
+  const button = (label, run) => h("button", { class: "button", type: "button", dataset: { size: "small" }, onclick: run, "aria-label": `${label} the checkpoint of step ${item.step}` }, label);
+  const place = `${path}/checkpoints/${encodeURIComponent(item.id)}`;
+  const change = async (action) => {
+    try {
+      await api.post(`${place}/${action}`);
+      toast(`Checkpoint of step ${integer(item.step)}: ${action} done.`);
+    } catch (error) {
+      toast(`Checkpoint of step ${integer(item.step)}: ${error.message}`, "bad");
+    }
+    await refresh();
+  };
+  const kept = item.kept_by.map((rule) => rule.replaceAll("_", " ")).join(", ") || "nothing: it goes next";
+  return h("tr", {},
+    h("th", { scope: "row" }, `Step ${integer(item.step)}`),
+    h("td", { "data-label": "Written" }, ago(item.created_at)),
+    h("td", { class: "num", "data-label": "Held-out" }, measured(item.metrics.holdout, decimal, "not measured before it was written")),
+    h("td", { class: "num", "data-label": "Φ" }, measured(item.metrics.phi, decimal, "not measured before it was written")),
+    h("td", { class: "num", "data-label": "Size" }, bytes(item.bytes)),
+    h("td", { class: "wide", "data-label": "Kept by" }, item.valid === false ? h("strong", {}, "damaged: it is not used") : kept),
+    h("td", { class: "wide" }, h("span", { class: "button-row" }, button(item.pinned ? "Unpin" : "Pin", () => change(item.pinned ? "unpin" : "pin")), button("Restore", () => change("restore")))));
+}
+
+async function readCheckpoints() {
+  const page = await api.get(`${path}/checkpoints`);
+  const body = byId("cp-table").tBodies[0];
+  byId("cp-note").textContent = page.checkpoints.length === 0 ? "" : `${integer(page.checkpoints.length)} on disk, ${bytes(page.total_bytes)}`;
+  if (page.checkpoints.length === 0) {
+    body.replaceChildren(h("tr", {}, h("td", { colspan: 7, class: "empty wide" }, "None yet. One is written every few hundred steps, and whenever training stops.")));
+    return;
+  }
+  const newestFirst = [...page.checkpoints].sort((a, b) => b.step - a.step);
+  reconcile(body, newestFirst, (item) => item.id, checkpointRow);
+}
+
+// -- wiring ------------------------------------------------------------------------------------------------------
+
+async function readStatus() {
+  kernel = await api.get(`${path}/status`);
+  render();
+}
+
+async function readMetrics() {
+  if (await metrics.update()) renderCharts();
+  else if (metrics.length === 0) renderCharts();
+}
+
+async function refresh() {
+  const results = await Promise.allSettled([readStatus(), readMetrics(), readCheckpoints()]);
+  const failed = results.find((result) => result.status === "rejected");
+  if (!failed) return;
+  byId("kernel-sentence").textContent = failed.reason.status === 404 ? "There is no such kernel. It may have been deleted." : `Not up to date: ${failed.reason.message}`;
+}
+
+const quietly = (run) => () => run().catch((error) => console.debug("kernel:", error.message));
+const metricsSoon = throttle(quietly(readMetrics), 500);
+const statusSoon = throttle(quietly(readStatus), 2000);
+const checkpointsSoon = throttle(quietly(readCheckpoints), 1000);
+const speakSoon = throttle(() => announce(byId("kernel-sentence").textContent), 30_000);
+
+live.on("kernel.metric", (data) => {
+  if (data.kernel_id !== id) return;
+  if (kernel && data.state) kernel.state = data.state;
+  metricsSoon();
+  statusSoon();
+  speakSoon();
+});
+live.on("kernel.state", (data) => {
+  if (data.kernel_id !== id) return;
+  const newest = metrics.columns.step.at(-1);
+  if (isNumber(newest) && isNumber(data.step) && data.step < newest) metrics.reset();
+  announce(`This kernel is ${data.state}`);
+  refresh();
+});
+live.on("kernel.checkpoint", (data) => data.kernel_id === id && checkpointsSoon());
+live.on("reset", () => metrics.reset());
+for (const twin of document.querySelectorAll(".twin")) twin.addEventListener("toggle", renderCharts);
+wireForms(path, refresh);
+keepFresh(refresh);

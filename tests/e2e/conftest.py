@@ -1,0 +1,179 @@
+"""A real server (`python app.py`, empty data directory, packaged model) and a real Chromium for the browser tests.
+
+Without Chromium these tests are skipped, unless OLYMPUS_TEST_REQUIRE_ALL=1, which makes that a failure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CHROMIUM = os.environ.get("OLYMPUS_TEST_CHROMIUM", "/usr/bin/chromium")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+READY_WITHIN = 240.0
+
+
+@dataclass
+class Server:
+    """A running server: its address and its log."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=30) as response:
+            return json.load(response)
+
+    def post(self, path: str, body: Any) -> Any:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json", "Origin": self.url}
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)
+
+    def wait_until(self, ready: Callable[[], bool], seconds: float, what: str) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                pytest.fail(f"the server ended while waiting for {what}:\n{self.log.read_text()[-4000:]}")
+            if ready():
+                return
+            time.sleep(0.25)
+        pytest.fail(f"{what} did not happen in {seconds:.0f} s:\n{self.log.read_text()[-4000:]}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url + "/readyz", timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`python app.py` on a free port; the packaged model comes from the cache shared by all tests."""
+    folder = tmp_path_factory.mktemp("olympus")
+    log = folder / "server.log"
+    port = _free_port()
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("OLYMPUS_")}
+    environ |= {"PORT": str(port), "OLYMPUS_DATA_DIR": str(folder / "data")}
+    environ["OLYMPUS_MODEL__CACHE_DIR"] = os.environ.get("OLYMPUS_CACHE_DIR", str(ROOT / ".cache"))
+    with log.open("wb") as output:
+        process = subprocess.Popen([sys.executable, "app.py"], cwd=ROOT, env=environ, stdout=output, stderr=output)
+    running = Server(f"http://127.0.0.1:{port}", process, log)
+    try:
+        running.wait_until(lambda: _is_ready(running.url), READY_WITHIN, "readiness")
+        yield running
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(40)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """One Chromium with an empty profile; every test gets its own context from `page`."""
+    required = os.environ.get("OLYMPUS_TEST_REQUIRE_ALL") == "1"
+    if not Path(CHROMIUM).exists():
+        (pytest.fail if required else pytest.skip)(f"no Chromium at {CHROMIUM}; set OLYMPUS_TEST_CHROMIUM")
+    if required:
+        import playwright.sync_api as playwright_api
+    else:
+        playwright_api = pytest.importorskip("playwright.sync_api")
+    with playwright_api.sync_playwright() as playwright, tempfile.TemporaryDirectory() as profile:
+        context = playwright.chromium.launch_persistent_context(
+            profile, executable_path=CHROMIUM, headless=True, args=list(FLAGS)
+        )
+        yield context
+        context.close()
+
+
+@dataclass
+class Watched:
+    """A page, and everything it did that it must not do."""
+
+    page: Any
+    server: Server
+    complaints: list[str] = field(default_factory=list)
+
+    def open(self, path: str, width: int = 1440, height: int = 900, scheme: str = "light") -> Any:
+        self.page.set_viewport_size({"width": width, "height": height})
+        self.page.emulate_media(color_scheme=scheme, reduced_motion="no-preference")
+        self.page.goto(self.server.url + path)
+        return self.page
+
+    def until(self, expression: str, seconds: float = 30.0) -> None:
+        """Wait until ``expression`` is true in the page.
+
+        Not ``wait_for_function``: that evaluates text inside the page, which our Content-Security-Policy forbids.
+        """
+        end = time.monotonic() + seconds
+        while not self.page.evaluate(expression):
+            if time.monotonic() > end:
+                pytest.fail(f"not true within {seconds:.0f} s: {expression}")
+            self.page.wait_for_timeout(100)
+
+    def until_live(self) -> None:
+        self.until("document.getElementById('live-badge').dataset.state === 'live'")
+
+    def _request(self, request: Any) -> None:
+        if not request.url.startswith((self.server.url + "/", "data:", "blob:")):
+            self.complaints.append(f"request to another origin: {request.url}")
+
+
+@pytest.fixture
+def watched(browser: Any, server: Server) -> Iterator[Watched]:
+    """A fresh tab; when the test ends, it must have had no error, no CSP violation and no request elsewhere."""
+    browser.clear_cookies()
+    page = browser.new_page()
+    watch = Watched(page, server)
+    page.on("console", lambda message: _console(watch, message))
+    page.on("pageerror", lambda error: watch.complaints.append(f"uncaught: {error}"))
+    page.on("request", watch._request)
+    page.add_init_script(
+        "document.addEventListener('securitypolicyviolation',"
+        " (e) => console.error('CSP: ' + e.violatedDirective + ' ' + e.blockedURI))"
+    )
+    yield watch
+    page.close()
+    assert watch.complaints == []
+
+
+def _console(watch: Watched, message: Any) -> None:
+    if message.type in ("error", "warning"):
+        watch.complaints.append(f"console {message.type}: {message.text}")

@@ -1,0 +1,205 @@
+"""The dashboard in a real browser on the real server: what each page is for, and that it stays in its frame.
+
+Also takes the screenshots of docs/images/. Tests run in file order and share one server: first light (an empty
+installation), then a chat, then a kernel, then the pictures of all that.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from settings import ROOT
+
+pytestmark = [pytest.mark.browser, pytest.mark.model]
+IMAGES = ROOT / "docs" / "images"
+LARGEST_IMAGE = 300_000
+# Few enough to learn in seconds, varied enough to hold some out.
+TOPICS = {
+    "delivery": ["parcel", "package", "letter", "shipment", "courier", "box"],
+    "payment": ["invoice", "card", "refund", "bill", "receipt", "charge"],
+    "account": ["password", "login", "profile", "username", "email", "settings"],
+}
+FORMS = ["where is my {}?", "help with the {}", "the {} is wrong", "I lost my {}", "question about a {}"]
+PAIRS = [f"{form.format(word)} => {topic}" for topic, words in TOPICS.items() for word in words for form in FORMS]
+
+
+def _save(page: Any, name: str, **options: Any) -> None:
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    path: Path = IMAGES / f"{name}.png"
+    page.screenshot(path=str(path), **options)
+    assert path.stat().st_size < LARGEST_IMAGE
+
+
+def _kernel_path(server: Any) -> str:
+    kernel = next(item for item in server.get("/olympus/kernels")["kernels"] if item["domain"] == "support")
+    return f"/kernels/{kernel['kernel_id']}"
+
+
+def test_overview_explains_an_empty_installation(watched):
+    page = watched.open("/")
+    page.locator("#first-steps").wait_for()
+    watched.until("document.getElementById('bulletin-title').textContent.includes('is ready')")
+    assert page.locator(".steps > li").count() == 3
+    assert watched.server.url in page.locator("#curl-command").inner_text()
+    watched.until_live()
+    assert page.locator("#checks li").count() >= 3
+    assert page.locator("h1").count() == 1
+    assert page.locator("main, header, footer, nav").count() == 4
+
+
+def test_chat_streams_an_answer_that_becomes_an_experience(watched):
+    page = watched.open("/chat")
+    page.locator(".parameters summary").click()
+    page.fill("#temperature", "0")
+    page.fill("#max-tokens", "48")
+    page.locator(".parameters summary").click()
+    page.evaluate(
+        """() => {
+          window.lengths = [];
+          new MutationObserver(() => {
+            const body = document.querySelector('.turn[data-role=assistant] .turn-body');
+            if (body) window.lengths.push(body.textContent.length);
+          }).observe(document.getElementById('transcript'), {childList: true, subtree: true, characterData: true});
+        }"""
+    )
+    page.fill("#prompt", "What is the capital of France?")
+    page.keyboard.press("Enter")
+    answer = page.locator(".turn[data-role=assistant]")
+    answer.locator(".became").wait_for(timeout=90_000)
+    assert "Paris" in answer.locator(".turn-body").inner_text()
+    assert len(set(page.evaluate("window.lengths"))) > 3, "the answer came in one piece"
+    assert re.search(r"[\d.]+ tokens/s", answer.locator(".turn-foot").inner_text())
+    number = int(re.search(r"#(\d+)", answer.locator(".became").inner_text()).group(1))
+    assert any(item["id"] == number for item in watched.server.get("/olympus/history?limit=5")["experiences"])
+
+    answer.get_by_role("button", name="Good answer").click()
+    page.wait_for_selector("[aria-label='Good answer'][aria-pressed=true]")
+    page.locator("#sessions a[aria-current]").wait_for()
+
+    page.reload()
+    answer.locator(".became").wait_for()
+    assert "Paris" in answer.locator(".turn-body").inner_text()
+    assert page.locator("[aria-label='Good answer']").get_attribute("aria-pressed") == "true"
+
+
+def test_stop_ends_an_answer(watched):
+    page = watched.open("/chat")
+    page.fill("#prompt", "Count from one to two hundred in words.")
+    page.keyboard.press("Enter")
+    watched.until("document.querySelector('.turn[data-role=assistant] .turn-body')?.textContent.length > 10")
+    page.locator("#stop").click()
+    page.locator("#send").wait_for()
+    written = page.locator(".turn[data-role=assistant] .turn-body").inner_text()
+    page.wait_for_timeout(1000)
+    assert page.locator(".turn[data-role=assistant] .turn-body").inner_text() == written
+    assert "stopped by you" in page.locator(".turn[data-role=assistant] .turn-foot").inner_text()
+
+
+def test_spawn_a_kernel_and_watch_it_learn(watched):
+    page = watched.open("/kernels")
+    page.fill("#spawn-domain", "support")
+    page.fill("#spawn-name", "apollo")
+    page.check("input[name=preset][value=nano]", force=True)
+    page.fill("#spawn-data", "\n".join(PAIRS))
+    watched.until(f"document.getElementById('spawn-data-count').textContent === '{len(PAIRS)} examples'")
+    page.get_by_role("button", name="Spawn").click()
+    page.wait_for_url("**/kernels/apollo-*")
+    page.locator("#loss-chart canvas").wait_for(timeout=90_000)
+    # The page is never reloaded: the step count grows by the stream alone.
+    summary = "document.getElementById('loss-summary').textContent"
+    steps = f"Number({summary}.match(/over ([\\d,]+) steps/)?.[1].replace(',', '') ?? 0)"
+    first = page.evaluate(steps)
+    watched.until(f"{steps} > {first + 20}", 90)
+    watched.until(f"{summary}.includes('against')", 90)
+    assert page.locator("#conditions > li").count() == 3
+    page.locator("#loss-chart + .chart-summary + details summary").click()
+    assert page.locator("#loss-table tbody tr").count() > 1
+
+    page.fill("#query-input", "where is my parcel?")
+    page.fill("#query-candidates", "delivery\npayment\naccount")
+    page.get_by_role("button", name="Ask").click()
+    page.locator(".ranked li").nth(2).wait_for(timeout=30_000)
+
+
+def test_bad_examples_are_refused_with_the_line(watched):
+    page = watched.open("/kernels")
+    page.fill("#spawn-domain", "broken")
+    page.fill("#spawn-data", "good => fine\nthis line has none")
+    page.get_by_role("button", name="Spawn").click()
+    page.locator("#spawn-error:not([hidden])").wait_for()
+    assert "line 2 has no =>" in page.locator("#spawn-error").inner_text()
+
+
+def test_delete_asks_first(watched):
+    made = watched.server.post("/olympus/kernels/spawn", {"name": "hermes", "domain": "short-lived"})
+    page = watched.open(f"/kernels/{made['kernel']['kernel_id']}")
+    page.get_by_role("button", name="Delete").first.click()
+    page.get_by_role("button", name="Keep it").click()
+    assert page.locator("dialog[open]").count() == 0
+    page.get_by_role("button", name="Delete").first.click()
+    page.locator("dialog button[value=delete]").click()
+    page.wait_for_url("**/kernels")
+    page.locator("#kernel-table tbody tr").first.wait_for()
+    assert "hermes" not in page.locator("#kernel-table").inner_text()
+
+
+def test_theme_is_kept_without_a_flash(watched):
+    page = watched.open("/")
+    light = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.locator("#theme-toggle").click()
+    page.locator("#theme-toggle").click()
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    page.goto(watched.server.url + "/kernels", wait_until="commit")
+    page.wait_for_selector("body")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
+    page.evaluate("localStorage.clear()")
+
+
+@pytest.mark.parametrize("width", [360, 1440])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_overflows_and_everything_can_be_hit(watched, width, scheme):
+    for path in ("/", "/chat", "/kernels", _kernel_path(watched.server)):
+        page = watched.open(path, width=width, scheme=scheme)
+        watched.until_live()
+        page.wait_for_timeout(700)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+        small = page.evaluate(
+            """() => [...document.querySelectorAll('button, input, textarea, summary, nav a')]
+              .map((e) => [e, e.getBoundingClientRect()])
+              .filter(([e, r]) => r.width > 0 && r.height > 0 && (r.width < 24 || r.height < 24) && e.type !== 'radio')
+              .map(([e, r]) => `${e.tagName} ${e.id || e.textContent.trim()} ${r.width}x${r.height}`)"""
+        )
+        assert small == [], path
+
+
+def test_an_unknown_kernel_says_so(watched):
+    watched.open("/kernels/nobody-000000")
+    watched.until("/no such kernel/i.test(document.body.textContent)")
+    # The browser itself logs 404 answers; they are the point here.
+    watched.complaints[:] = [text for text in watched.complaints if "404" not in text]
+
+
+def test_screenshots(watched):
+    page = watched.open("/")
+    page.wait_for_selector("#kernel-table tbody th")
+    watched.until_live()
+    page.wait_for_timeout(1500)
+    _save(page, "overview")
+    page = watched.open(_kernel_path(watched.server))
+    page.locator("#loss-chart canvas").wait_for()
+    page.wait_for_timeout(1500)
+    _save(page, "kernel")
+    page = watched.open(_kernel_path(watched.server), scheme="dark")
+    page.locator("#loss-chart canvas").wait_for()
+    page.wait_for_timeout(1500)
+    _save(page, "kernel-dark")
+    session = next(s for s in watched.server.get("/olympus/sessions")["sessions"] if "capital" in s["title"])
+    for name, width, height in (("chat", 1440, 900), ("chat-360", 360, 740)):
+        page = watched.open(f"/chat?session={session['id']}", width=width, height=height)
+        page.locator(".became").first.wait_for()
+        page.wait_for_timeout(800)
+        _save(page, name)

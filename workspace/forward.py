@@ -1,0 +1,53 @@
+"""One forward pass of one sequence over its own cache: the only place that calls the model.
+
+Position ids are always passed explicitly, because a cache that drops entries (sliding windows, later a capped one)
+no longer knows them. Whatever a request wants to carry into the attention function travels as plain keyword
+arguments, produced by its ``StepContext``; nothing of the model is patched and nothing is global.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from transformers import DynamicCache
+
+from workspace.models import LoadedModel
+
+
+class StepContext(Protocol):
+    """What a request carries through its generation. Called on the engine's thread, before every forward pass."""
+
+    def forward_kwargs(self, start: int, count: int) -> Mapping[str, Any]:
+        """Keyword arguments for the model for positions ``start .. start + count - 1``; often empty.
+
+        Values must be plain objects: accelerate calls ``.to()`` on anything that has one.
+        """
+
+
+class Forward:
+    """Runs the model for one sequence at a time; holds no state besides the model, so it may be shared."""
+
+    def __init__(self, loaded: LoadedModel):
+        self._model = loaded.model
+        self._device = loaded.device
+        parameters = inspect.signature(loaded.model.forward).parameters
+        self._takes_positions = "position_ids" in parameters  # models with ALiBi have none
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache with the layers (full, sliding, ...) that the model's configuration asks for."""
+        return DynamicCache(config=self._model.config)
+
+    def __call__(
+        self, token_ids: Sequence[int], cache: DynamicCache, start: int, extra: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """Append ``token_ids`` at positions from ``start`` to ``cache``; logits of the last one, [V] in float32."""
+        ids = torch.tensor([token_ids], dtype=torch.long, device=self._device)  # [1, T]
+        kwargs: dict[str, Any] = {"past_key_values": cache, "use_cache": True, **self._last_only, **extra}
+        if self._takes_positions:
+            kwargs["position_ids"] = torch.arange(start, start + len(token_ids), device=self._device)[None]  # [1, T]
+        logits: torch.Tensor = self._model(input_ids=ids, **kwargs).logits  # [1, 1, V]
+        return logits[0, -1].float()

@@ -1,0 +1,81 @@
+"""From a request's messages, text or ids to valid prompt ids.
+
+Conversations go through the model's own chat template. Control tokens that appear inside a message (``<|im_end|>``
+typed by a user) are encoded as ordinary text, so that nobody can forge a role. What a message may contain is the
+template's business; its objections become ``InvalidPrompt``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from jinja2.exceptions import TemplateError
+
+from workspace.errors import InvalidPrompt
+from workspace.models import LoadedModel
+from workspace.sampling import SamplingParams
+
+
+class Prompting:
+    """Encodes prompts for one model. Safe to use from any thread."""
+
+    def __init__(self, loaded: LoadedModel):
+        self._loaded = loaded
+        # Encoding changes settings of the shared tokenizer for the length of a call; decoding does not.
+        self._encoding = threading.Lock()
+        # A template's variables are the request's to set; the tokenizer's own arguments (another template, say) not.
+        arguments = inspect.signature(loaded.tokenizer.apply_chat_template).parameters
+        self._reserved = set(arguments) - {"add_generation_prompt", "continue_final_message", "kwargs"}
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **template_kwargs: Any,
+    ) -> list[int]:
+        """Token ids of the conversation, up to where the assistant's answer begins. Raises ``InvalidPrompt``."""
+        if not messages:
+            raise InvalidPrompt("messages: at least one message is needed")
+        reserved = sorted(self._reserved & template_kwargs.keys())
+        if reserved:
+            raise InvalidPrompt(f"chat template arguments: {', '.join(reserved)} cannot be set by a request")
+        options = {"add_generation_prompt": True, **template_kwargs}
+        try:
+            with self._encoding:
+                ids = self._loaded.tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    tools=None if tools is None else [dict(tool) for tool in tools],
+                    sanitize_control_tokens=True,
+                    return_dict=False,
+                    **options,
+                )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise InvalidPrompt(f"messages do not fit the chat template of {self._loaded.name}: {error}") from error
+        return [int(number) for number in ids]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text; special tokens written out in it count as such."""
+        with self._encoding:
+            return [int(number) for number in self._loaded.tokenizer.encode(text)]
+
+    def prepare(
+        self, prompt: Sequence[int] | Sequence[Mapping[str, Any]], params: SamplingParams
+    ) -> tuple[tuple[int, ...], SamplingParams]:
+        """Checked ids for either kind of prompt; messages also bring the stop strings their template needs."""
+        if not prompt:
+            raise InvalidPrompt("prompt: at least one token or message is needed")
+        if isinstance(prompt[0], Mapping):
+            ids = self.render(cast("Sequence[Mapping[str, Any]]", prompt))
+            if self._loaded.chat_stop:
+                params = dataclasses.replace(params, stop=params.stop + self._loaded.chat_stop)
+        else:
+            ids = [int(number) for number in cast("Sequence[int]", prompt)]
+        size = self._loaded.vocabulary_size
+        outside = next((number for number in ids if not 0 <= number < size), None)
+        if outside is not None:
+            raise InvalidPrompt(f"prompt: token id {outside} is outside the vocabulary of {size}")
+        return tuple(ids), params
