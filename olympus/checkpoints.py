@@ -69,6 +69,8 @@ class CheckpointStore:
         tensors: TensorFiles,
         state: Mapping[str, Any],
         metrics: Mapping[str, Any],
+        *,
+        pinned: bool = False,
     ) -> dict[str, Any]:
         """Write a checkpoint, then its row, then apply retention. Returns the row as a plain dict.
 
@@ -82,7 +84,7 @@ class CheckpointStore:
             manifest = write_checkpoint(
                 path, kernel_id=kernel_id, step=step, tensors=tensors, state=state, metrics=metrics
             )
-        self._upsert(kernel_id, name, manifest, converged=bool(metrics.get("converged")))
+        self._upsert(kernel_id, name, manifest, bool(metrics.get("converged")), pinned)
         removed = self.prune(kernel_id)
         return {
             "kernel_id": kernel_id,
@@ -242,7 +244,7 @@ class CheckpointStore:
                     continue
                 found.add((folder.name, name))
                 if rows.get((folder.name, name)) != manifest.sha256:
-                    self._upsert(folder.name, name, manifest, bool(manifest.metrics.get("converged")))
+                    self._upsert(folder.name, name, manifest, bool(manifest.metrics.get("converged")), False)
                     report["indexed"].append(f"{folder.name}/{name}")
         for kernel_id, name in sorted(rows.keys() - found):
             self._delete_row(kernel_id, name)
@@ -298,7 +300,7 @@ class CheckpointStore:
         with self._database.write() as session:
             session.execute(sa.delete(Checkpoint).where(*where))
 
-    def _upsert(self, kernel_id: str, name: str, manifest: Manifest, converged: bool) -> None:
+    def _upsert(self, kernel_id: str, name: str, manifest: Manifest, converged: bool, pinned: bool) -> None:
         with self._database.write() as session:
             row = session.scalar(_rows(kernel_id).where(Checkpoint.name == name))
             if row is None:
@@ -306,7 +308,7 @@ class CheckpointStore:
                 session.add(row)
             row.step, row.bytes, row.sha256 = manifest.step, manifest.bytes, manifest.sha256
             row.holdout_loss, row.phi = manifest.metrics.get("holdout_loss"), manifest.metrics.get("phi")
-            row.converged = bool(row.converged) or converged
+            row.converged, row.pinned = bool(row.converged) or converged, bool(row.pinned) or pinned
 
     def _row_json(self, row: Checkpoint, reasons: list[str], used: bool) -> dict[str, Any]:
         try:

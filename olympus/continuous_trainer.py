@@ -7,7 +7,7 @@ measurements of all of them in one batch.
 - A thread that ended with an exception is started again from its last good checkpoint after 1, 2, 4, ... seconds, at
   most ``max_restarts`` times; after divergence with half the learning rate. A run of 500 good steps clears the count.
 - A thread without a heartbeat for a minute is ``stalled``: that is shown, its place goes to the next in line, and if
-  it comes back it simply goes on. (A thread cannot be killed; a process can.)
+  it comes back it goes on, or back into the line. (A thread cannot be killed; a process can.)
 - The database says ``training`` only while a thread trains: rows left so by a crash are queued again at the start.
 
 Not here: a thread's own life (``kernel_thread``), what users may ask for (``zeus``).
@@ -189,8 +189,12 @@ class ContinuousKernelTrainer:
     def check_invariants(self) -> None:
         """Nobody is in two places, and the limit holds."""
         with self._lock:
-            working = {kernel_id for kernel_id in self._threads if kernel_id not in self._stalled}
-            assert len(working) <= self.limit or self._stalled
+            working = [
+                thread
+                for kernel_id, thread in self._threads.items()
+                if kernel_id not in self._stalled and thread.stop_as is None and thread.heartbeat_age() < STALL_SECONDS
+            ]
+            assert len(working) <= self.limit
             assert not set(self._queue) & set(self._threads)
             assert not set(self._resting) & (set(self._queue) | set(self._threads))
             assert self._to_examine <= set(self._resting)
@@ -226,8 +230,12 @@ class ContinuousKernelTrainer:
             log.error("kernel stalled", kernel=thread.kernel_id, seconds=round(age))
             self._services.rows.set_state(thread.kernel_id, "stalled", f"no sign of life for {age:.0f} s")
         elif stalled and age < STALL_SECONDS:
-            self._stalled.discard(thread.kernel_id)
+            with self._lock:
+                self._stalled.discard(thread.kernel_id)
+                crowded = len(self._threads) - len(self._stalled) > self.limit
             self._services.rows.set_state(thread.kernel_id, thread.state, "came back after a stall")
+            if crowded and thread.stop_as is None:
+                thread.request_stop("queued", "came back after a stall; its place was taken")
 
     def _collect(self, thread: KernelTrainingThread) -> None:
         kernel_id = thread.kernel_id

@@ -25,12 +25,12 @@ from qig_core.inference import Batch, collate, evaluate_pairs, run_to_halt
 from qig_core.m8_kernel import M8Kernel
 from qig_core.vocabulary import EncodedPair
 
-MAX_ITEMS = 96
+MAX_ITEMS = 64
 #: Pairs of like length are evaluated together, so that little is padding.
 _BATCH = 16
 #: Positions of the probe batch for Phi; 20 k^2 = 1280 state pairs are needed for k = 8.
 _PROBE_LIMIT = 2048
-_BASIN_ITEMS = 32
+_BASIN_ITEMS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class Examiner:
 
     @torch.no_grad()
     def basin(self, kernel: M8Kernel) -> Tensor | None:
-        """Fréchet mean [basin_dim] of the kernel's basins over the first questions."""
+        """Fréchet mean [basin_dim] of the kernel's basins over some of the questions."""
         if self._probe is None:
             return None
         return frechet_mean(run_to_halt(kernel, self._probe[:_BASIN_ITEMS]).basin)

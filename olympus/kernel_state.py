@@ -9,7 +9,7 @@ Not here: training it (``training_session``), the directory format (``checkpoint
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,17 @@ from qig_core.m8_kernel import KernelConfig, M8Kernel
 from qig_core.regime import PhiWindow
 
 PHI_WINDOW = 100
+#: Training options that a user may set, with their least and greatest value.
+_TUNABLE: dict[str, tuple[float, float]] = {
+    "lr": (0.0, 1.0),
+    "weight_decay": (0.0, 10.0),
+    "warmup_steps": (0, 100_000),
+    "batch_size": (1, 512),
+    "observation_weight": (0.0, 10.0),
+    "halt_weight": (0.0, 10.0),
+    "deep_every": (1, 1000),
+    "ema_decay": (0.0, 0.99999),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +46,12 @@ class KernelPlan:
     @classmethod
     def make(cls, preset: str, overrides: dict[str, Any]) -> KernelPlan:
         """A preset with single values replaced. Raises ``InvalidRequest`` for an unknown or impossible one."""
-        tunable = {item.name: item.type for item in fields(TrainingDefaults) if item.name != "betas"}
-        training = {name: value for name, value in overrides.items() if name in tunable}
-        network = {name: value for name, value in overrides.items() if name not in tunable}
+        network = {name: value for name, value in overrides.items() if name not in _TUNABLE}
+        training: dict[str, Any] = {name: _in_range(name, overrides[name]) for name in _TUNABLE if name in overrides}
         try:
-            plan = cls(KernelConfig.preset(preset, **network), TrainingDefaults(**training))
-            plan.training.optimizer(M8Kernel(plan.network))
-            Ema(M8Kernel(plan.network), plan.training.ema_decay)
-        except (KernelMathError, TypeError) as error:
-            raise InvalidRequest(f"config: {error}; training options are {', '.join(tunable)}") from None
-        return plan
+            return cls(KernelConfig.preset(preset, **network), TrainingDefaults(**training))
+        except KernelMathError as error:
+            raise InvalidRequest(f"config: {error}; training options are {', '.join(_TUNABLE)}") from None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -76,6 +83,7 @@ class Progress:
     best_step: int | None = None
     examination: str = ""  # which questions these losses belong to
     patience_from: float | None = None  # the held-out loss that has to be beaten
+    evaluations: int = 0
     unimproved: int = 0
     loss_ok: bool | None = None
     gate_reason: str = ""
@@ -168,6 +176,16 @@ class KernelState:
         assert all(bool(torch.isfinite(p).all()) for p in self.kernel.parameters())
         assert self.best is None or self.best.keys() == self.ema.shadow.state_dict().keys()
         assert (self.progress.best_loss is None) == (self.best is None)
+
+
+def _in_range(name: str, value: object) -> int | float:
+    """A training option of the right kind and size. Raises ``InvalidRequest``."""
+    low, high = _TUNABLE[name]
+    number = not isinstance(value, bool) and isinstance(value, int if isinstance(low, int) else (int, float))
+    if not number or not low <= value <= high:  # type: ignore[operator]
+        kind = "a whole number" if isinstance(low, int) else "a number"
+        raise InvalidRequest(f"config: {name} must be {kind} from {low} to {high}, got {value!r}")
+    return value  # type: ignore[return-value]
 
 
 def kernel_with(plan: KernelPlan, weights: dict[str, Tensor]) -> M8Kernel:

@@ -137,7 +137,7 @@ class KernelTrainingThread(threading.Thread):
         self._stop_requested.set()
 
     def request_checkpoint(self) -> CheckpointTicket:
-        """Save between two steps."""
+        """Save between two steps, and pin the checkpoint: who asked for it wants to find it again."""
         ticket = CheckpointTicket()
         with self._tickets_lock:
             self._tickets.append(ticket)
@@ -250,13 +250,20 @@ class KernelTrainingThread(threading.Thread):
         self._services.rows.progress(self.kernel_id, session.step, session.report())
         return Ending(ending.state, reason)
 
-    def _save(self, session: TrainingSession, *, urgent: bool, converged: bool = False) -> dict[str, Any] | None:
+    def _save(
+        self, session: TrainingSession, *, urgent: bool, converged: bool = False, pinned: bool = False
+    ) -> dict[str, Any] | None:
         """Publish a checkpoint; None when the disk refused, which the log tells and the next look for room too."""
         services = self._services
         begun = time.perf_counter()
         try:
             saved = services.checkpoints.publish(
-                self.kernel_id, session.step, session.tensors(), session.state(), session.checkpoint_metrics(converged)
+                self.kernel_id,
+                session.step,
+                session.tensors(),
+                session.state(),
+                session.checkpoint_metrics(converged),
+                pinned=pinned,
             )
         except OSError as error:
             log.error("checkpoint could not be written", kernel=self.kernel_id, step=session.step, reason=str(error))
@@ -293,7 +300,7 @@ class KernelTrainingThread(threading.Thread):
         with self._tickets_lock:
             waiting = bool(self._tickets)
         if waiting:
-            self._answer_tickets(self._save(session, urgent=True))
+            self._answer_tickets(self._save(session, urgent=True, pinned=True))
 
     def _answer_tickets(self, result: dict[str, Any] | None) -> None:
         with self._tickets_lock:

@@ -184,7 +184,7 @@ class Runtime:
         return self._engine
 
     def _engine_is_busy(self) -> bool:
-        return self._engine is not None and self._engine.is_busy
+        return self._engine is not None and self._engine.stats().active > 0
 
     def _tell(self, stage: Stage, detail: str, fraction: float | None = None) -> None:
         self._model_state = replace(self._model_state, stage=stage, detail=detail, fraction=fraction)

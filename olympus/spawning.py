@@ -45,7 +45,8 @@ class Registrar:
             if shortage is not None:
                 raise StorageFull(shortage)
             name = self._free_name(request)
-            plan = KernelPlan.make(request.preset or self._settings.preset, dict(request.config))
+            options = {"batch_size": self._settings.batch_size, **request.config}
+            plan = KernelPlan.make(request.preset or self._settings.preset, options)
             return self._create(request, name, plan, actor), True
 
     def _free_name(self, request: SpawnRequest) -> str:

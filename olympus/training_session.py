@@ -1,7 +1,7 @@
 """One kernel's training from checkpoint to rest: the steps and the decisions, without threads.
 
-A step: draw a batch, deeply supervised loss, DiagonalFisher, EMA. Every ``evaluate_every`` steps the EMA and the
-trained weights sit the examination; the EMA with the lowest held-out loss so far is ``best``, and that is what queries
+A step: draw a batch, deeply supervised loss, DiagonalFisher, EMA. Every ``evaluate_every`` steps the EMA (and every
+``RAW_EVERY``-th time the trained weights, for comparison) sits the examination; the EMA with the lowest held-out loss so far is ``best``, and that is what queries
 get unless they ask for ``latest``. When the held-out part changes, the best weights sit the new examination too, so
 that old and new are never compared on different questions.
 
@@ -38,6 +38,8 @@ from qig_core.regime import Convergence, Regime, convergence, regime
 from qig_core.vocabulary import EncodedPair, encode_pair
 from settings import KernelSettings
 
+#: The trained weights sit every so many of the EMA's examinations: they are shown for comparison only.
+RAW_EVERY = 4
 PHI_COST_SHARE = 0.10
 LOSS_EMA_DECAY = 0.95
 SYNC_SECONDS = 2.0
@@ -131,9 +133,9 @@ class TrainingSession:
     def advance(self) -> StepMetrics:
         """Train one step and measure what is due. Raises ``TrainingDiverged``."""
         begun = time.perf_counter()
-        batch = self._buffer.sample(self._settings.batch_size, self.step)
-        encoded = collate([self._encode(item) for item in batch])
         training, live = self.live.plan.training, self.live
+        batch = self._buffer.sample(training.batch_size, self.step)
+        encoded = collate([self._encode(item) for item in batch])
         for group in live.optimizer.param_groups:
             group["lr"] = training.lr_at(self.step) * self.progress.lr_scale
         live.optimizer.zero_grad(set_to_none=True)
@@ -141,6 +143,7 @@ class TrainingSession:
             live.kernel,
             encoded.ids,
             encoded.loss_mask,
+            supervision_steps=training.passes_at(self.step, live.plan.network.supervision_steps),
             observation_weight=training.observation_weight,
             halt_weight=training.halt_weight,
         )
@@ -181,10 +184,13 @@ class TrainingSession:
         progress, live, examiner = self.progress, self.live, self._examiner
         examiner.refresh()
         self._reexamine_best()
-        exam, raw = examiner.examine(live.ema.shadow), examiner.examine(live.kernel)
+        exam = examiner.examine(live.ema.shadow)
         progress.baseline_loss, progress.uniform_loss = examiner.baseline_loss, examiner.uniform_loss
-        progress.holdout_loss = None if exam is None or not math.isfinite(exam.loss) else exam.loss
-        progress.raw_holdout_loss = None if raw is None or not math.isfinite(raw.loss) else raw.loss
+        progress.holdout_loss = None if exam is None else _finite(exam.loss)
+        if progress.evaluations % RAW_EVERY == 0:
+            raw = examiner.examine(live.kernel)
+            progress.raw_holdout_loss = None if raw is None else _finite(raw.loss)
+        progress.evaluations += 1
         if exam is None or progress.holdout_loss is None:
             reason = "there is no held-out experience yet" if exam is None else "the held-out loss is not finite"
             progress.loss_ok, progress.gate_reason = None, reason
@@ -193,16 +199,20 @@ class TrainingSession:
             gate = examiner.gate(exam)
             progress.loss_ok, progress.gate_reason = gate.ok, gate.reason
             self._judge_progress(exam.loss)
-            self._measure_drift()
         progress.evaluation_seconds += time.perf_counter() - begun
         self._publish_snapshots()
 
     def _judge_progress(self, loss: float) -> None:
+        """Best, patience, and drift: the Fisher-Rao distance of today's mean basin to that of the best weights."""
         progress = self.progress
+        basin = self._examiner.basin(self.live.ema.shadow)
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step = loss, self.step
             self.live.remember_best()
-            self._reference_basin = self._examiner.basin(self.live.ema.shadow)
+            self._reference_basin = basin
+        if basin is not None and self._reference_basin is not None:
+            progress.basin = [round(value, 6) for value in basin.tolist()]
+            progress.drift = float(fisher_rao_distance(basin, self._reference_basin))
         if resting.improves(loss, progress.patience_from):
             progress.patience_from, progress.unimproved = loss, 0
         else:
@@ -222,14 +232,6 @@ class TrainingSession:
         exam = examiner.examine(best)
         if not same and exam is not None:
             progress.best_loss = progress.patience_from = exam.loss
-
-    def _measure_drift(self) -> None:
-        """Fisher-Rao distance of today's mean basin to that of the best weights, on the same questions."""
-        basin = self._examiner.basin(self.live.ema.shadow)
-        if basin is not None:
-            self.progress.basin = [round(value, 6) for value in basin.tolist()]
-        if basin is not None and self._reference_basin is not None:
-            self.progress.drift = float(fisher_rao_distance(basin, self._reference_basin))
 
     def _measure_phi(self) -> float | None:
         begun = time.perf_counter()
@@ -368,7 +370,7 @@ class TrainingSession:
             "holdout_items": self._examiner.items,
             "optimizer": {
                 "lr": optimizer.param_groups[0]["lr"],
-                **{name: value if math.isfinite(value) else None for name, value in optimizer.statistics.items()},
+                **{name: _finite(value) for name, value in optimizer.statistics.items()},
             },
             "throughput": {
                 "steps_per_second": round(steps / seconds, 3) if steps and seconds > 0 else None,
@@ -378,3 +380,7 @@ class TrainingSession:
             "parameters": self.live.kernel.parameter_count(),
             "last_saved_step": self.saved_step,
         }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

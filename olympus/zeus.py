@@ -241,7 +241,10 @@ class Zeus:
         return self.status(kernel_id)
 
     def checkpoint_now(self, kernel_id: str) -> dict[str, Any]:
-        """Save a training kernel now. Raises ``InvalidAction`` when nothing trains, ``StorageFull`` without room."""
+        """Save a training kernel now, pinned, so that no rule removes it before somebody unpins it.
+
+        Raises ``InvalidAction`` when nothing trains, ``StorageFull`` without room.
+        """
         self.rows.get(kernel_id)
         saved = self.trainer.save_now(kernel_id)
         if saved is None:

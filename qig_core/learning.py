@@ -10,6 +10,7 @@ What it does not do: choose batches, own threads, step the optimizer, or save an
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,25 +55,47 @@ __all__ = [
 ]
 
 
-_CHUNKS = 4  # a batch is run in this many groups of similar length: less padding, the same loss
+# A batch is run in up to _MAX_GROUPS groups of similar length: less padding, the same loss. A group of fewer symbols
+# costs more in calls than it saves in padding (measured: 22-byte rows are twice as fast in one group).
+_MAX_GROUPS = 4
+_GROUP_SYMBOLS = 500
 
 
 @dataclass(frozen=True)
 class TrainingDefaults:
     """Hyper-parameters for a few hundred to a few thousand experiences."""
 
-    lr: float = 3e-3
+    lr: float = 4e-3
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.05
     warmup_steps: int = 20
     batch_size: int = 16
     observation_weight: float = 0.1
     halt_weight: float = 0.1
+    deep_every: int = 4
     ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        """Raises InvalidConfig; the optimizer and the EMA check lr, betas, weight decay and decay again by themselves."""
+        for name in ("lr", "weight_decay", "observation_weight", "halt_weight"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise InvalidConfig(f"training option {name}={value} must be a finite number, at least 0")
+        if self.warmup_steps < 0 or self.batch_size < 1 or self.deep_every < 1:
+            raise InvalidConfig("training needs warmup_steps >= 0, batch_size >= 1 and deep_every >= 1")
+        if not 0 <= self.ema_decay < 1:
+            raise InvalidConfig(f"training option ema_decay={self.ema_decay} must be in [0, 1)")
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then constant: a kernel that learns continuously has no last step to anneal to."""
         return self.lr * min(1.0, (step + 1) / max(self.warmup_steps, 1))
+
+    def passes_at(self, step: int, limit: int) -> int:
+        """Passes to supervise in this step: all of them in every ``deep_every``-th step, otherwise one.
+
+        Measured on six banking77 intents: two passes in every step learn no faster per step and cost 1.7 times as much.
+        """
+        return limit if step % self.deep_every == 0 else 1
 
     def optimizer(self, kernel: M8Kernel) -> DiagonalFisherOptimizer:
         """DiagonalFisher with decay on matrices of the recursion only, not on embeddings, memory or biases."""
@@ -125,7 +148,8 @@ def supervised_loss(
         rows=row.sum().clamp_min(1e-6),
     )
     tally = _Tally(len(ids), ids.device)
-    for index, length in by_length(ids, _CHUNKS):
+    groups = min(max(int((ids != PAD).sum()) // _GROUP_SYMBOLS, 1), _MAX_GROUPS)
+    for index, length in by_length(ids, groups):
         chunk = _Chunk(ids[index, :length], mask[index, :length], seen[index, :length], row[index], index)
         _supervise(kernel, chunk, norm, passes, (observation_weight, halt_weight), tally)
     return LossParts(
@@ -172,7 +196,7 @@ def _supervise(
 ) -> None:
     """Passes over one chunk, each from the detached carry of the one before.
 
-    As at inference, a row that is right and would halt gets no further pass: practice goes where it is needed.
+    A row that is right should have halted, which the halt head is told; further passes practise on the others.
     """
     carry: Carry | None = None
     for number in range(passes):
@@ -192,7 +216,7 @@ def _supervise(
             tally.action += float(action_loss.detach())
             tally.observation += float(observation_loss.detach())
             tally.halt += float(halt_loss.detach())
-        again = torch.nonzero(~right | (output.halt_logit <= 0)).squeeze(-1)
+        again = torch.nonzero(~right).squeeze(-1)
         if len(again) == 0:
             break
         chunk = chunk.take(again)

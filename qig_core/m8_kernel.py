@@ -9,6 +9,9 @@ That is one outer cycle; T of them make one pass. The first T - 1 cycles run wit
 gradient through all of its n + 1 applications of f. Further passes continue from the detached carry (z_H, z_L); how
 many are worth it is what the halt head learns (``learning.py``, ``inference.py``).
 
+The input x of a position is its byte's embedding plus a learned view of the few bytes before it (``reach``), so that
+the recursion starts from letters in their words; without it the same kernel needs twice the steps.
+
 Causal: memory tokens are a learned prefix, attention looks only back, so editing byte t leaves all earlier logits
 bit-equal, and right padding is invisible to what precedes it. The state is read at the SEP mark, where the observation
 is complete and the action not begun (at the last valid id where there is none): that is the state of the halt
@@ -239,8 +242,9 @@ class M8Kernel(nn.Module):
     def _input(self, ids: Tensor) -> Tensor:
         memory = _norm(self.memory).expand(ids.shape[0], -1, -1)
         bytes_ = self.embedding(ids)  # [B, T, D]
-        padded = F.pad(bytes_, (0, 0, self.config.reach - 1, 0))
-        windows = padded.unfold(1, self.config.reach, 1).transpose(2, 3).flatten(2)  # [B, T, reach * D], looks back only
+        reach = self.config.reach
+        padded = F.pad(bytes_, (0, 0, reach - 1, 0))  # a window looks back only
+        windows = padded.unfold(1, reach, 1).transpose(2, 3).flatten(2)  # [B, T, reach * D]
         x = torch.cat((memory, _norm(bytes_ + F.silu(self.window(windows)))), dim=1)  # [B, M + T, D]
         return F.dropout(x, self.config.dropout, self.training)
 

@@ -11,7 +11,8 @@ Two steps share one linear system per partition, over the free entries of A':
 - *Newton*: the Hessian of f is ``W_ij (S_X - M)_ab - G_ib G_ja`` with G = W D S_X, M = S_X D' W D S_X. Quadratic
   convergence near the solution; used where it is positive definite and does not increase f.
 
-Every partition falls back to the majorising step by itself, so f never increases. Cost: O(P n^3) per iteration for n free
+Every partition falls back to the majorising step by itself, so f never increases. The problem is not convex: local
+minima exist, and differ little (up to 0.03 nats of 2.5 on a coupled rotation). Cost: O(P n^3) per iteration for n free
 entries, n about d^2 / 2; meant for d <= 12. All tensors float64 and outside autograd.
 """
 
@@ -52,7 +53,7 @@ class _Problem:
         self.count, self.d = free.shape[0], free.shape[-1]
         entries = torch.nonzero(free.reshape(self.count, -1))[:, 1].reshape(self.count, -1)  # [P, n]
         self.i, self.a = entries // self.d, entries % self.d
-        self.floor = torch.linalg.slogdet(law.cov_e)[1]
+        self.floor: Tensor = torch.linalg.slogdet(law.cov_e)[1]
 
     def take(self, index: Tensor) -> _Problem:
         part = object.__new__(_Problem)
@@ -66,13 +67,14 @@ class _Problem:
         return gap, symmetric(self.law.cov_e + gap @ self.law.cov_x @ gap.mT)
 
     def value(self, a: Tensor) -> Tensor:
-        height: Tensor = torch.linalg.slogdet(self.residual(a)[1])[1]
-        return 0.5 * (height - self.floor)
+        excess: Tensor = torch.linalg.slogdet(self.residual(a)[1])[1] - self.floor
+        return 0.5 * excess
 
     def _pairs(self, matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """[P, n, n] of matrix[p, rows_r, columns_s]."""
         batch = torch.arange(self.count, device=matrix.device)[:, None, None]
-        return matrix[batch, rows.unsqueeze(-1), columns.unsqueeze(-2)]
+        picked: Tensor = matrix[batch, rows.unsqueeze(-1), columns.unsqueeze(-2)]
+        return picked
 
     def _spread(self, values: Tensor) -> Tensor:
         """Values [P, n] of the free entries as matrices [P, d, d]."""
@@ -112,7 +114,7 @@ def solve(law: Regression, free: Tensor, start: Tensor | None = None) -> Disconn
     a, cov_e = law.a.new_zeros(free.shape), law.a.new_zeros(free.shape)
     converged = torch.zeros(len(free), dtype=torch.bool, device=free.device)
     iterations = 0
-    for size in sizes.unique().tolist():
+    for size in sorted(set(sizes.tolist())):
         index = torch.nonzero(sizes == size).squeeze(-1)
         found = _solve_equal(law, free[index], None if start is None else start[index])
         value[index], a[index], cov_e[index], converged[index] = found.value, found.a, found.cov_e, found.converged

@@ -118,9 +118,7 @@ class _StateCollector(Collector):
         counts = self._sources.admission()
         yield GaugeMetricFamily("olympus_chats_active", "Chat requests that are open.", counts["chats"])
         yield GaugeMetricFamily("olympus_streams_active", "Event streams that are open.", counts["streams"])
-        refused = CounterMetricFamily(
-            "olympus_refused", "Requests refused because too many were open.", labels=["kind"]
-        )
+        refused = CounterMetricFamily("olympus_refused", "Requests refused: too many were open.", labels=["kind"])
         refused.add_metric(["chat"], counts["chats_refused"])
         refused.add_metric(["stream"], counts["streams_refused"])
         yield refused

@@ -1,62 +1,82 @@
-"""The Flask application. ``create_app`` is pure: it wires, and starts nothing."""
+"""``create_app``: the Flask application, put together and not started.
+
+Pure: no thread, no lock, no model, no file. The runtime that it is given, or makes, is started by the process that
+serves (configs/gunicorn.conf.py) and is found in ``app.extensions["olympus"]``.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from flask import Flask, url_for
+from flask import Flask
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from olympus.runtime import Runtime
+from olympus.errors import ModelNotReady
 from settings import ROOT, Settings, load_settings
-from telemetry import logs
-from web import auth, errors, history, kernels, openai, ops, pages, stream, wire
+from telemetry.metrics import EngineTotals, Metrics, Sources
+from web import auth, errors, headers, history, kernels, openai, ops, pages, stream
+from web.assets import Assets
+from web.jsonio import JsonProvider
+from web.origin import HostGuard
+from web.sessions import LoginLimiter, SessionCookies
+
+if TYPE_CHECKING:  # imported below only when none is given: it brings torch
+    from olympus.runtime import Runtime
 
 
 def create_app(settings: Settings | None = None, runtime: Runtime | None = None) -> Flask:
-    """An application around ``runtime`` (made from ``settings`` if not given), which is not started here."""
+    """The application around ``runtime``, or around a new one made from ``settings`` (by default the process's)."""
     if runtime is None:
+        from olympus.runtime import Runtime
+
         runtime = Runtime(settings or load_settings())
-    settings = runtime.settings
-    logs.configure(settings.telemetry)
-    app = Flask("olympus", root_path=str(ROOT), template_folder="templates", static_folder="static")
-    app.config["MAX_CONTENT_LENGTH"] = settings.server.max_body_bytes
-    app.config["SEND_FILE_MAX_AGE_DEFAULT"] = 0
-    app.json.sort_keys = False  # type: ignore[attr-defined]
-    app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
-    app.extensions["olympus"] = runtime
-    proxies = settings.server.trusted_proxies
-    if proxies:
-        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=proxies, x_proto=proxies, x_host=proxies)  # type: ignore[method-assign]
-    wire.install(app, settings, runtime.metrics)
-    auth.install(app, auth.Authenticator(settings.server, runtime.keys))
-    errors.register(app)
-    for module in (openai, kernels, history, stream, ops, pages):
+    server = runtime.settings.server
+    app = Flask("web", root_path=str(ROOT), static_folder="static", template_folder="templates")
+    app.json = JsonProvider(app)
+    app.config["MAX_CONTENT_LENGTH"] = server.max_body_bytes
+    app.config["MAX_FORM_MEMORY_SIZE"] = min(server.max_body_bytes, 64 << 10)
+    app.url_map.converters.update(kernel=kernels.KernelId, checkpoint=kernels.CheckpointName)
+    if server.trusted_proxies > 0:
+        hops = server.trusted_proxies
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]
+    _install(app, runtime)
+    for module in (ops, openai, kernels, history, stream, pages):
         app.register_blueprint(module.blueprint)
-    _static_urls(app)
+    auth.check_every_view_is_guarded(app)
     return app
 
 
-def _static_urls(app: Flask) -> None:
-    """Templates name a static file with its hash, so that browsers may keep it for ever."""
-    folder = Path(app.static_folder or "")
+def _install(app: Flask, runtime: Runtime) -> None:
+    """The hooks around all views, in the order in which they run, and what views find in ``app.extensions``."""
+    assets = Assets(ROOT / "static")
+    metrics = _metrics(runtime)
+    cookies = SessionCookies(lambda: runtime.cookie_secret)
+    authenticator = auth.Authenticator(runtime.settings.server, runtime.keys, cookies)
+    app.extensions["olympus"] = runtime
+    app.extensions["olympus.metrics"] = metrics
+    app.extensions["olympus.authenticator"] = authenticator
+    app.extensions["olympus.logins"] = LoginLimiter()
+    app.jinja_env.globals["static_url"] = assets.url
+    headers.install(app, metrics, assets)
+    auth.install(app, authenticator, HostGuard(runtime.settings.server))
+    errors.install(app)
 
-    @lru_cache(maxsize=256)
-    def content_hash(name: str, _changed: float) -> str:
-        return hashlib.sha256((folder / name).read_bytes()).hexdigest()[:12]
 
-    @app.template_global()
-    def static_url(name: str) -> str:
-        return url_for("static", filename=name, v=content_hash(name, (folder / name).stat().st_mtime))
+def _metrics(runtime: Runtime) -> Metrics:
+    def engine() -> EngineTotals | None:
+        try:
+            return runtime.engine.stats()
+        except ModelNotReady:
+            return None
 
-    app.jinja_env.globals["version"] = _version()
-
-
-def _version() -> str:
-    try:
-        return version("olympus")
-    except PackageNotFoundError:
-        return "0.1.0"
+    metrics = Metrics(
+        Sources(
+            kernels=lambda: runtime.zeus.kernels(),
+            checkpoint_bytes=lambda: runtime.zeus.checkpoint_store.total_bytes(),
+            admission=runtime.admission.counts,
+            engine=engine,
+            experiences=lambda: runtime.history.count(),
+        )
+    )
+    runtime.database.observe_writes(metrics.observe_write)
+    return metrics

@@ -1,202 +1,212 @@
-"""Errors in the dialect of whoever asked: OpenAI's shape under /v1, a page for people, problem+json elsewhere.
+"""One place that turns whatever went wrong into an answer, in the dialect of the path.
 
-One handler for HTTP errors and one for everything else; views never build an error. Domain exceptions carry their own
-``status`` and ``code`` and a message made for the user. Of an unexpected exception the client learns the request id
-and nothing else; the traceback is in the log.
-
-Sources: RFC 9457 (problem details), the OpenAI API reference (error codes).
+``/v1/*`` speaks OpenAI's error shape, pages get a small HTML page, everything else ``application/problem+json``
+(RFC 9457, with ``code``, ``request_id`` and ``errors``). Domain exceptions bring their status and code themselves
+(``olympus.errors``); those of the engine, which knows no HTTP, are listed here. The text of an unexpected exception
+never leaves the server: the client gets the request id, the log gets the traceback.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import Any
 
 import structlog
-from flask import Flask, Response, g, jsonify, render_template, request
-from pydantic import BaseModel, ValidationError
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from flask import Flask, Response, current_app, json, render_template, request
+from jinja2 import TemplateNotFound
+from markupsafe import escape
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from memory.history import HistoryError
 from olympus.errors import OlympusError
 from storage.errors import StorageError
+from web.context import request_id
+from workspace.errors import EngineBusy, EngineStopped, PromptTooLong, RequestError
 
 log = structlog.get_logger(__name__)
 
-Body = TypeVar("Body", bound=BaseModel)
+_API_PREFIXES = ("/olympus/", "/healthz", "/readyz", "/metrics", "/static/")
+_OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
-_OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+@dataclass(frozen=True, slots=True)
+class FieldError:
+    """One field of a request that cannot be taken. ``field`` is its path: ``messages[0].content``."""
+
+    field: str
+    detail: str
+    code: str = "invalid_value"
+
+    def to_json(self) -> dict[str, str]:
+        """An entry of ``errors[]``."""
+        return {"field": self.field, "detail": self.detail, "code": self.code}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What the client is told, before it is put into a dialect."""
+
+    status: int
+    code: str
+    detail: str
+    errors: tuple[FieldError, ...] = ()
+    retry_after: float | None = None
+    headers: tuple[tuple[str, str], ...] = field(default=())
+
+    @property
+    def title(self) -> str:
+        """The status' own phrase, as RFC 9457 asks for with the type ``about:blank``."""
+        return HTTPStatus(self.status).phrase if self.status in set(HTTPStatus) else "Error"
 
 
 class ApiError(Exception):
-    """An answer that is an error. ``param`` names the field at fault, ``errors`` all of them."""
+    """An answer that a view or a guard has decided on."""
 
     def __init__(
         self,
         status: int,
-        message: str,
+        code: str,
+        detail: str,
         *,
-        code: str | None = None,
-        param: str | None = None,
-        errors: Sequence[dict[str, str]] = (),
+        errors: Iterable[FieldError] = (),
+        headers: Iterable[tuple[str, str]] = (),
         retry_after: float | None = None,
-        headers: dict[str, str] | None = None,
     ):
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.code = code
-        self.param = param
-        self.errors = list(errors)
-        self.headers = dict(headers or {})
-        if retry_after is not None:
-            self.headers["Retry-After"] = str(math.ceil(retry_after))
+        self.problem = Problem(status, code, detail, tuple(errors), retry_after, tuple(headers))
+        super().__init__(detail)
 
 
-def is_openai(path: str) -> bool:
-    """True for paths whose clients expect OpenAI's error shape."""
-    return path == "/v1" or path.startswith("/v1/")
+def install(app: Flask) -> None:
+    """Handle every exception of ``app``, also those of paths that no blueprint knows."""
+    app.register_error_handler(HTTPException, _answer)
+    app.register_error_handler(Exception, _answer)
 
 
-def openai_error(error: ApiError) -> dict[str, Any]:
-    """The body OpenAI's clients parse; also sent inside a stream that has already begun."""
-    kind = _OPENAI_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+def _answer(error: Exception) -> Response:
+    return respond(problem_of(error, request.path, request_id()))
 
 
-def translate(error: Exception) -> ApiError | None:
-    """Any exception whose message is made for users, as an ``ApiError``; None for an unexpected one."""
+def problem_of(error: Exception, path: str, request_id: str) -> Problem:
+    """What to tell the client of ``path`` about ``error``. Logs what is our fault, with its traceback.
+
+    Streams call it, too, when there is no request context any more.
+    """
     if isinstance(error, ApiError):
-        return error
-    if isinstance(error, OlympusError):
-        if error.status == 500:
-            log.error("internal state error", reason=str(error), exc_info=error)
-        return ApiError(error.status, str(error), code=error.code, retry_after=error.retry_after)
-    if isinstance(error, HistoryError):
-        return ApiError(422, str(error), code="invalid_request")
-    if isinstance(error, StorageError):
-        log.error("storage error", exc_info=error)
-        return ApiError(503, "the database does not answer; try again shortly", code="storage", retry_after=5)
+        return error.problem
     if isinstance(error, HTTPException):
-        return _from_http(error)
-    return _from_workspace(error)
+        return _of_http(error)
+    known = _of_domain(error)
+    if known is None:
+        log.error("unexpected error", path=path, exc_info=error)
+        return Problem(500, "internal_error", f"an unexpected error; the server's log has it as {request_id}")
+    if known.status >= 500 and known.status not in (503, 507):
+        log.error("failed", path=path, code=known.code, exc_info=error)
+    return known
 
 
-def _from_workspace(error: Exception) -> ApiError | None:
-    if type(error).__module__ != "workspace.errors":  # not imported here: that would load torch with the web server
-        return None
-    from workspace.errors import EngineBusy, EngineStopped, PromptTooLong, RequestError
-
-    if isinstance(error, PromptTooLong):
-        return ApiError(400, str(error), code="context_length_exceeded", param=error.param)
+def _of_domain(error: Exception) -> Problem | None:
+    if isinstance(error, OlympusError):
+        return Problem(error.status, error.code, str(error), retry_after=error.retry_after)
     if isinstance(error, RequestError):
-        return ApiError(400, str(error), code="invalid_value", param=error.param)
+        code = "context_length_exceeded" if isinstance(error, PromptTooLong) else "invalid_value"
+        return Problem(400, code, str(error), (FieldError(error.param or "messages", str(error), code),))
     if isinstance(error, EngineBusy):
-        return ApiError(429, str(error), code="rate_limit_exceeded", retry_after=2)
+        return Problem(429, "engine_busy", str(error), retry_after=2.0)
     if isinstance(error, EngineStopped):
-        return ApiError(503, "the server is stopping", code="stopping", retry_after=5)
+        return Problem(503, "server_stopping", "the model is not running; the server is stopping", retry_after=5.0)
+    if isinstance(error, HistoryError):
+        return Problem(422, "invalid_request", str(error))
+    if isinstance(error, StorageError):
+        return Problem(503, "storage_unavailable", "the database cannot be used now; try again", retry_after=5.0)
     return None
 
 
-def _from_http(error: HTTPException) -> ApiError:
+def _of_http(error: HTTPException) -> Problem:
     status = error.code or 500
-    if isinstance(error, RequestEntityTooLarge):
-        limit = request.max_content_length
-        return ApiError(413, f"the request body is larger than the limit of {limit} bytes", code="body_too_large")
-    headers = {key: value for key, value in error.get_headers() if key in ("Allow", "Retry-After")}
-    code = {404: "not_found", 405: "method_not_allowed"}.get(status)
-    message = {
-        404: f"there is nothing at {request.path}",
-        405: f"{request.method} is not possible at {request.path}",
-    }.get(status, error.description or HTTPStatus(status).phrase)
-    return ApiError(status, message, code=code, headers=headers)
+    code = HTTPStatus(status).name.lower() if status in set(HTTPStatus) else "error"
+    kept = tuple((name, value) for name, value in error.get_headers() if name.lower() != "content-type")
+    detail = error.description or ""
+    if isinstance(error, MethodNotAllowed):
+        allowed = ", ".join(sorted(error.valid_methods or ()))
+        detail = f"{request.method} is not possible here; possible: {allowed}"
+    elif isinstance(error, RequestEntityTooLarge):
+        limit = current_app.config["MAX_CONTENT_LENGTH"]
+        detail = f"the body is larger than {limit} bytes, which is the limit (server.max_body_bytes)"
+    elif type(error) is NotFound and error.description == NotFound.description:
+        detail = f"there is nothing at {request.path}"
+    return Problem(status, code, detail, headers=kept)
 
 
-def register(app: Flask) -> None:
-    """Install the two handlers."""
-    app.register_error_handler(HTTPException, _handle)
-    app.register_error_handler(Exception, _handle)
-
-
-def _handle(error: Exception) -> Response:
-    known = translate(error)
-    if known is None:
-        log.error("unexpected error", method=request.method, path=request.path, exc_info=error)
-        known = ApiError(500, f"an unexpected error; the server's log has it under {g.get('request_id', '')}")
-    response = _render(known)
-    response.status_code = known.status
-    response.headers.update(known.headers)
+def respond(problem: Problem) -> Response:
+    """``problem`` in the dialect of the current request's path."""
+    if request.path == "/v1" or request.path.startswith("/v1/"):
+        response = _json(openai_error(problem, request_id()), _openai_status(problem), "application/json")
+    elif _wants_page():
+        response = Response(_page(problem), problem.status, mimetype="text/html")
+    else:
+        response = _json(_problem_json(problem), problem.status, "application/problem+json")
+    for name, value in problem.headers:
+        response.headers[name] = value
+    if problem.retry_after is not None:
+        response.headers["Retry-After"] = str(max(1, math.ceil(problem.retry_after)))
     return response
 
 
-def _render(error: ApiError) -> Response:
-    if is_openai(request.path):
-        return jsonify(openai_error(error))
-    phrase = HTTPStatus(error.status).phrase
-    if g.get("wants_page", False):
-        page = render_template(
-            "error.html", page="error", status=error.status, title=phrase, detail=error.message, request_id=g.request_id
-        )
-        return Response(page, mimetype="text/html")
-    problem = {
+def openai_error(problem: Problem, request_id: str) -> dict[str, Any]:
+    """OpenAI's error object. Also what a stream sends when something fails after its first byte."""
+    status = _openai_status(problem)
+    kind = _OPENAI_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    message, param, code = problem.detail, None, problem.code
+    if problem.errors:
+        first, more = problem.errors[0], len(problem.errors) - 1
+        param, code = first.field or None, first.code
+        named = first.detail if first.detail.startswith(first.field) else f"{first.field}: {first.detail}"
+        message = named + (f" (and {more} more)" if more else "")
+    error: dict[str, Any] = {"message": message, "type": kind, "param": param, "code": code}
+    if status >= 500:
+        error["request_id"] = request_id
+    return {"error": error}
+
+
+def _openai_status(problem: Problem) -> int:
+    """OpenAI says 400 where HTTP has the finer 422."""
+    return 400 if problem.status == 422 else problem.status
+
+
+def _problem_json(problem: Problem) -> dict[str, Any]:
+    body: dict[str, Any] = {
         "type": "about:blank",
-        "title": phrase,
-        "status": error.status,
-        "detail": error.message,
+        "title": problem.title,
+        "status": problem.status,
+        "detail": problem.detail,
         "instance": request.path,
-        "request_id": g.get("request_id"),
+        "code": problem.code,
+        "request_id": request_id(),
     }
-    if error.code:
-        problem["code"] = error.code
-    if error.errors:
-        problem["errors"] = error.errors
-    response = jsonify(problem)
-    response.mimetype = "application/problem+json"
-    return response
+    if problem.errors:
+        body["errors"] = [item.to_json() for item in problem.errors]
+    return body
 
 
-# -- reading requests -------------------------------------------------------------------------------------------
+def _wants_page() -> bool:
+    if request.path.startswith(_API_PREFIXES):
+        return False
+    return request.blueprint == "pages" or "text/html" in request.headers.get("Accept", "")
 
 
-def read_body(kind: type[Body], *, optional: bool = False) -> Body:
-    """The JSON body as ``kind``, or an ``ApiError`` that names what is wrong and where."""
-    raw = request.get_data(cache=False)
-    if optional and not raw:
-        raw = b"{}"
-    elif request.mimetype != "application/json":
-        raise ApiError(415, "send the body as JSON, with the header Content-Type: application/json", code="not_json")
+def _page(problem: Problem) -> str:
+    shown = {"status": problem.status, "title": problem.title, "detail": problem.detail, "request_id": request_id()}
     try:
-        return kind.model_validate_json(raw, strict=False)
-    except ValidationError as error:
-        raise _invalid(error) from None
+        return render_template("error.html", page="error", **shown)
+    except TemplateNotFound:
+        return (
+            f"<!doctype html><html lang=en><meta charset=utf-8><title>{problem.status} {escape(problem.title)}</title>"
+            f"<h1>{problem.status} {escape(problem.title)}</h1><p>{escape(problem.detail)}</p><p>{request_id()}</p>"
+        )
 
 
-def read_query(kind: type[Body]) -> Body:
-    """The query string as ``kind``."""
-    try:
-        return kind.model_validate(request.args.to_dict())
-    except ValidationError as error:
-        raise _invalid(error) from None
-
-
-def _invalid(error: ValidationError) -> ApiError:
-    details = []
-    for item in error.errors(include_url=False, include_context=False, include_input=False):
-        field = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        if not field and ": " in message and message.split(": ", 1)[0].isidentifier():
-            field, message = message.split(": ", 1)  # a validator of the whole body names the field itself
-        details.append({"field": field, "message": message})
-    first = details[0]
-    said = f"{first['field']}: {first['message']}" if first["field"] else first["message"]
-    malformed = any(item["type"] == "json_invalid" for item in error.errors(include_url=False))
-    status = 400 if malformed or is_openai(request.path) else 422
-    return ApiError(
-        status,
-        said if len(details) == 1 else f"{said} (and {len(details) - 1} more)",
-        code="malformed_json" if malformed else "invalid_value",
-        param=first["field"] or None,
-        errors=details,
-    )
+def _json(body: dict[str, Any], status: int, mimetype: str) -> Response:
+    return Response(json.dumps(body) + "\n", status, mimetype=mimetype)

@@ -1,66 +1,78 @@
-"""``/olympus/history``: read, judge and delete what was lived through."""
+"""The history over HTTP: read what was lived through, judge it, forget it."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import Any
 
-from flask import Blueprint, Response, current_app, jsonify
+from flask import Blueprint, jsonify
+from flask.typing import ResponseReturnValue
 
-from memory.history import History, Record
-from web.errors import ApiError, read_body, read_query
-from web.schemas import FeedbackBody, HistoryQuery, HistorySelection
+from memory.history import Record
+from web.auth import requires
+from web.context import runtime
+from web.errors import ApiError
+from web.jsonio import parse_body, parse_query
+from web.schemas import FeedbackBody, ForgetQuery, HistoryQuery, SessionsQuery
 
 blueprint = Blueprint("history", __name__, url_prefix="/olympus")
-
-
-def _history() -> History:
-    history: History = current_app.extensions["olympus"].history
-    return history
-
-
-def _shown(record: Record) -> dict[str, Any]:
-    return asdict(record)
+#: Ids are 64-bit integers in the database; a larger one is a path that does not exist.
+_ID = "<int(max=9223372036854775807):experience_id>"
 
 
 @blueprint.get("/history")
-def page() -> Response:
-    """The newest experiences, newest first; ``before`` an id for the next page."""
-    asked = read_query(HistoryQuery)
-    records = _history().page(domain=asked.domain, session_id=asked.session, before=asked.before, limit=asked.limit)
-    return jsonify({"experiences": [_shown(record) for record in records]})
+@requires("history:read")
+def page() -> ResponseReturnValue:
+    """Experiences, newest first. ``next_before`` continues; null at the end."""
+    query = parse_query(HistoryQuery)
+    found = runtime().history.page(
+        domain=query.domain, session_id=query.session, before=query.before, limit=query.limit
+    )
+    following = found[-1].id if len(found) == query.limit else None
+    return jsonify({"experiences": [_shown(record) for record in found], "next_before": following})
 
 
-@blueprint.delete("/history/<int:experience_id>")
-def delete_one(experience_id: int) -> Response:
-    """Forget one experience: its text is gone at once, the learners drop it."""
-    if not _history().delete(experience_id=experience_id):
+@blueprint.delete("/history")
+@requires("history:write")
+def forget() -> ResponseReturnValue:
+    """Forget a whole session or domain."""
+    query = parse_query(ForgetQuery)
+    return jsonify({"deleted": runtime().history.delete(session_id=query.session, domain=query.domain)})
+
+
+@blueprint.delete(f"/history/{_ID}")
+@requires("history:write")
+def forget_one(experience_id: int) -> ResponseReturnValue:
+    """Forget one experience."""
+    if not runtime().history.delete(experience_id=experience_id):
         raise _unknown(experience_id)
     return jsonify({"deleted": 1})
 
 
-@blueprint.delete("/history")
-def delete_many() -> Response:
-    """Forget a session or a domain."""
-    asked = read_query(HistorySelection)
-    return jsonify({"deleted": _history().delete(session_id=asked.session, domain=asked.domain)})
-
-
-@blueprint.post("/history/<int:experience_id>/feedback")
-def feedback(experience_id: int) -> Response:
-    """Say what came of it: a text, a score from -1 (wrong) to 1 (right), or both."""
-    body = read_body(FeedbackBody)
-    record = _history().give_feedback(experience_id, body.feedback, body.score)
+@blueprint.post(f"/history/{_ID}/feedback")
+@requires("history:write")
+def feedback(experience_id: int) -> ResponseReturnValue:
+    """Judge an experience; kernels learn from the judgement."""
+    body = parse_body(FeedbackBody)
+    record = runtime().history.give_feedback(experience_id, body.feedback, body.score)
     if record is None:
         raise _unknown(experience_id)
     return jsonify(_shown(record))
 
 
 @blueprint.get("/sessions")
-def sessions() -> Response:
-    """The conversations, most recently used first."""
-    return jsonify({"sessions": _history().sessions()})
+@requires("history:read")
+def sessions() -> ResponseReturnValue:
+    """Conversations, most recently used first."""
+    return jsonify({"sessions": runtime().history.sessions(parse_query(SessionsQuery).limit)})
 
 
 def _unknown(experience_id: int) -> ApiError:
-    return ApiError(404, f"there is no experience {experience_id}, or it was deleted", code="not_found")
+    return ApiError(404, "experience_not_found", f"there is no experience {experience_id}, or it was deleted")
+
+
+def _shown(record: Record) -> dict[str, Any]:
+    """A record without the whole request: 200 of those could be as many megabytes."""
+    shown = asdict(record)
+    del shown["messages"], shown["deleted"]
+    return shown

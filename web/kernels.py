@@ -1,97 +1,144 @@
-"""``/olympus/kernels``: spawn, watch, ask, feed and steer the M8 kernels. Each view is one call of ``Zeus``."""
+"""Kernels over HTTP. Each view is one call of Zeus, who decides everything."""
 
 from __future__ import annotations
 
-from flask import Blueprint, Response, current_app, jsonify
+from typing import Any
+
+from flask import Blueprint, jsonify
+from flask.typing import ResponseReturnValue
+from werkzeug.routing import BaseConverter
 
 from olympus.requests import ExperienceBatch, QueryRequest, SpawnRequest
-from olympus.zeus import Zeus
-from web.auth import current_principal
-from web.errors import read_body, read_query
-from web.schemas import EmptyBody, MetricsQuery
+from web.auth import require, requires
+from web.context import principal, runtime
+from web.jsonio import parse_body, parse_query
+from web.schemas import MetricsQuery
 
 blueprint = Blueprint("kernels", __name__, url_prefix="/olympus/kernels")
 
 
-def _zeus() -> Zeus:
-    zeus: Zeus = current_app.extensions["olympus"].zeus
-    return zeus
+class KernelId(BaseConverter):
+    """A kernel's id: a name, a hyphen, six hex digits; nothing else reaches Zeus, the database or the disk."""
+
+    regex = r"[a-z0-9][a-z0-9-]{0,79}"
+
+
+class CheckpointName(BaseConverter):
+    """A checkpoint's name."""
+
+    regex = r"step-[0-9]{8}"
 
 
 @blueprint.get("")
-def index() -> Response:
+@requires("kernels:read")
+def kernels() -> ResponseReturnValue:
     """All kernels, one line each."""
-    return jsonify({"kernels": _zeus().kernels()})
+    return jsonify({"kernels": runtime().zeus.kernels()})
 
 
 @blueprint.post("/spawn")
-def spawn() -> tuple[Response, int]:
-    """Make a kernel; it begins to train as soon as there is enough to learn from."""
-    return jsonify(_zeus().spawn(read_body(SpawnRequest, optional=True), actor=current_principal().id)), 201
+@requires("kernels:write")
+def spawn() -> ResponseReturnValue:
+    """Make a kernel and put it in line for training."""
+    body = parse_body(SpawnRequest)
+    return jsonify(runtime().zeus.spawn(body, actor=principal().id)), 201
 
 
-@blueprint.get("/<kernel_id>/status")
-def status(kernel_id: str) -> Response:
-    """Where it stands: losses against their baselines, Phi, convergence with reasons."""
-    return jsonify(_zeus().status(kernel_id))
+@blueprint.get("/<kernel:kernel_id>/status")
+@requires("kernels:read")
+def status(kernel_id: str) -> ResponseReturnValue:
+    """Everything about one kernel."""
+    return jsonify(runtime().zeus.status(kernel_id))
 
 
-@blueprint.post("/<kernel_id>/query")
-def query(kernel_id: str) -> Response:
-    """Ask it: free text, or a ranking of candidates."""
-    return jsonify(_zeus().query(kernel_id, read_body(QueryRequest)))
+@blueprint.post("/<kernel:kernel_id>/query")
+@requires("kernels:read")
+def query(kernel_id: str) -> ResponseReturnValue:
+    """Ask a kernel; with ``learn`` the question is written down, which needs the right to write."""
+    body = parse_body(QueryRequest)
+    if body.learn:
+        require("kernels:write")
+    return jsonify(runtime().zeus.query(kernel_id, body))
 
 
-@blueprint.get("/<kernel_id>/checkpoints")
-def checkpoints(kernel_id: str) -> Response:
-    """Its checkpoints, each with the rules that keep it."""
-    return jsonify(_zeus().checkpoints(kernel_id))
+@blueprint.get("/<kernel:kernel_id>/checkpoints")
+@requires("kernels:read")
+def checkpoints(kernel_id: str) -> ResponseReturnValue:
+    """A kernel's checkpoints and what keeps each."""
+    return jsonify(runtime().zeus.checkpoints(kernel_id))
 
 
-@blueprint.get("/<kernel_id>/metrics")
-def metrics(kernel_id: str) -> Response:
-    """What was measured, as columns, at most ``max_points`` rows."""
-    asked = read_query(MetricsQuery)
-    return jsonify(_zeus().metrics(kernel_id, asked.since, asked.max_points))
+@blueprint.get("/<kernel:kernel_id>/metrics")
+@requires("kernels:read")
+def metrics(kernel_id: str) -> ResponseReturnValue:
+    """What was measured, as columns."""
+    query = parse_query(MetricsQuery)
+    return jsonify(runtime().zeus.metrics(kernel_id, query.since, query.max_points))
 
 
-@blueprint.post("/<kernel_id>/experiences")
-def experiences(kernel_id: str) -> tuple[Response, int]:
-    """Feed it. The experiences are in the history when this answers."""
-    return jsonify(_zeus().feed(kernel_id, read_body(ExperienceBatch).experiences)), 201
+@blueprint.post("/<kernel:kernel_id>/experiences")
+@requires("kernels:write")
+def experiences(kernel_id: str) -> ResponseReturnValue:
+    """Write experiences into the history for a kernel's domain."""
+    body = parse_body(ExperienceBatch)
+    return jsonify(runtime().zeus.feed(kernel_id, body.experiences)), 201
 
 
-@blueprint.post("/<kernel_id>/<any(pause, resume, stop, checkpoint):action>")
-def act(kernel_id: str, action: str) -> Response:
-    """Pause, resume or stop training, or write a checkpoint now."""
-    read_body(EmptyBody, optional=True)
-    zeus = _zeus()
-    actions = {"pause": zeus.pause, "resume": zeus.resume, "stop": zeus.stop, "checkpoint": zeus.checkpoint_now}
-    return jsonify(actions[action](kernel_id))
+@blueprint.post("/<kernel:kernel_id>/pause")
+@requires("kernels:write")
+def pause(kernel_id: str) -> ResponseReturnValue:
+    """Stop training until ``resume``."""
+    return jsonify(runtime().zeus.pause(kernel_id))
 
 
-@blueprint.post("/<kernel_id>/checkpoints/<name>/restore")
-def restore(kernel_id: str, name: str) -> Response:
-    """Go back to a checkpoint."""
-    read_body(EmptyBody, optional=True)
-    return jsonify(_zeus().restore(kernel_id, name))
+@blueprint.post("/<kernel:kernel_id>/resume")
+@requires("kernels:write")
+def resume(kernel_id: str) -> ResponseReturnValue:
+    """Train on."""
+    return jsonify(runtime().zeus.resume(kernel_id))
 
 
-@blueprint.post("/<kernel_id>/checkpoints/<name>/pin")
-def pin(kernel_id: str, name: str) -> Response:
-    """Keep a checkpoint whatever the rules say."""
-    read_body(EmptyBody, optional=True)
-    return jsonify(_zeus().pin(kernel_id, name, True))
+@blueprint.post("/<kernel:kernel_id>/stop")
+@requires("kernels:write")
+def stop(kernel_id: str) -> ResponseReturnValue:
+    """End training."""
+    return jsonify(runtime().zeus.stop(kernel_id))
 
 
-@blueprint.post("/<kernel_id>/checkpoints/<name>/unpin")
-def unpin(kernel_id: str, name: str) -> Response:
-    """Leave a checkpoint to the rules again."""
-    read_body(EmptyBody, optional=True)
-    return jsonify(_zeus().pin(kernel_id, name, False))
+@blueprint.post("/<kernel:kernel_id>/checkpoint")
+@requires("kernels:write")
+def checkpoint(kernel_id: str) -> ResponseReturnValue:
+    """Save a training kernel now."""
+    return jsonify(runtime().zeus.checkpoint_now(kernel_id)), 201
 
 
-@blueprint.delete("/<kernel_id>")
-def delete(kernel_id: str) -> Response:
-    """End a kernel and remove its checkpoints. What it learned from stays in the history."""
-    return jsonify(_zeus().delete(kernel_id, actor=current_principal().id))
+@blueprint.post("/<kernel:kernel_id>/checkpoints/<checkpoint:name>/restore")
+@requires("kernels:write")
+def restore(kernel_id: str, name: str) -> ResponseReturnValue:
+    """Go back to a checkpoint's weights."""
+    return jsonify(runtime().zeus.restore(kernel_id, name))
+
+
+@blueprint.post("/<kernel:kernel_id>/checkpoints/<checkpoint:name>/pin")
+@requires("kernels:write")
+def pin(kernel_id: str, name: str) -> ResponseReturnValue:
+    """Keep a checkpoint for ever."""
+    return jsonify(_pinned(kernel_id, name, True))
+
+
+@blueprint.post("/<kernel:kernel_id>/checkpoints/<checkpoint:name>/unpin")
+@requires("kernels:write")
+def unpin(kernel_id: str, name: str) -> ResponseReturnValue:
+    """Let retention decide again."""
+    return jsonify(_pinned(kernel_id, name, False))
+
+
+def _pinned(kernel_id: str, name: str, pinned: bool) -> dict[str, Any]:
+    return runtime().zeus.pin(kernel_id, name, pinned)
+
+
+@blueprint.delete("/<kernel:kernel_id>")
+@requires("kernels:write")
+def delete(kernel_id: str) -> ResponseReturnValue:
+    """End a kernel for good; the history keeps what was lived."""
+    return jsonify(runtime().zeus.delete(kernel_id, actor=principal().id))

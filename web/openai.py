@@ -1,299 +1,196 @@
-"""The OpenAI API: ``/v1/models`` and ``/v1/chat/completions``, streamed and not.
+"""The OpenAI API: models and chat completions, streamed and not.
 
-Source: the OpenAI API reference, and what its Python client, LangChain, litellm and llm really send and parse. The
-final chunk carries one field of ours, ``olympus: {experience_id, domain}``, which those clients ignore. It is sent
-after the exchange has been committed to the history, never before.
+A view takes a slot, opens a chat, and passes on what it says; the exchange is in the history before the client is
+told that the answer has ended. A client that leaves, or a server that stops, ends the generation within one token.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from flask import Blueprint, Response, current_app, g, jsonify, request
+import structlog
+from flask import Blueprint, Response, jsonify, request
+from flask.typing import ResponseReturnValue
 
 from olympus.admission import Slot
-from olympus.chat import ChatRequest, ChatRun, Delta, Finished
-from olympus.runtime import Runtime
-from settings import EngineSettings
-from web.auth import current_principal
-from web.errors import ApiError, openai_error, read_body, translate
+from olympus.chat import ChatRun
+from olympus.chat_types import ChatFinished, Delta
+from olympus.errors import NotReady
+from web import sse
+from web.auth import requires
+from web.context import principal, request_id, runtime
+from web.errors import ApiError, openai_error, problem_of
+from web.jsonio import parse_body
+from web.openai_wire import Wire, model_object
 from web.schemas import ChatBody
-from web.wire import client_has_gone, event_stream, sse
+
+log = structlog.get_logger(__name__)
 
 blueprint = Blueprint("openai", __name__, url_prefix="/v1")
 
-_BATCH_SECONDS = 0.02  # one event per token would flood slow pages
+_TICK_SECONDS = 0.05  # how often a silent generation looks at the client and at the stop event
+_BATCH_SECONDS = 0.02  # one event per token freezes user interfaces
 _KEEP_ALIVE_SECONDS = 1.0
-_POLL_SECONDS = 0.05
-#: OpenAI knows no "cancelled"; the answer was cut short, which it calls "length".
-_REASONS = {"stop": "stop", "length": "length", "cancelled": "length"}
-
-
-def _runtime() -> Runtime:
-    runtime: Runtime = current_app.extensions["olympus"]
-    return runtime
+_STOP_SECONDS = 3.0  # after which a stream ends even if the model is still in a step
+_LONGEST_KEY = 255
+_CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody reads it but the log
 
 
 @blueprint.get("/models")
-def models() -> Response:
-    """The model that is loaded; an empty list while it is not."""
-    runtime = _runtime()
-    ready = runtime.model_state.stage == "ready"
-    return jsonify({"object": "list", "data": [_model(runtime)] if ready else []})
+@requires("chat")
+def models() -> ResponseReturnValue:
+    """The models that can be asked: the loaded one."""
+    serving = runtime()
+    if serving.model_state.stage == "disabled":
+        return jsonify({"object": "list", "data": []})
+    return jsonify({"object": "list", "data": [model_object(serving.chat.model(), int(serving.started_at or 0))]})
 
 
-@blueprint.get("/models/<path:name>")
-def model(name: str) -> Response:
+@blueprint.get("/models/<path:model_id>")
+@requires("chat")
+def model(model_id: str) -> ResponseReturnValue:
     """One model."""
-    runtime = _runtime()
-    _check_model(runtime, name)
-    return jsonify(_model(runtime))
-
-
-def _model(runtime: Runtime) -> dict[str, Any]:
-    loaded = runtime.engine.loaded
-    created = int(runtime.started_at or 0)
-    return {
-        "id": loaded.name,
-        "object": "model",
-        "created": created,
-        "owned_by": "olympus",
-        "context_length": loaded.context_length,
-    }
-
-
-def _check_model(runtime: Runtime, name: str | None) -> None:
-    known = runtime.chat.model_name
-    if name is not None and name != known:
-        raise ApiError(
-            404,
-            f"the model {name!r} is not served here; this server has {known!r}",
-            code="model_not_found",
-            param="model",
-        )
+    card = runtime().chat.model()
+    if not card.answers_to(model_id):
+        raise ApiError(404, "model_not_found", f"the model {model_id!r} does not exist here; there is {card.id!r}")
+    return jsonify(model_object(card, int(runtime().started_at or 0)))
 
 
 @blueprint.post("/chat/completions")
-def chat_completions() -> Response:
+@requires("chat")
+def chat_completions() -> ResponseReturnValue:
     """Answer a conversation."""
-    runtime = _runtime()
-    body = read_body(ChatBody)
-    _check_model(runtime, body.model)
-    chat_request = ChatRequest(
-        messages=[message.plain() for message in body.messages],
-        params=_sampling(body, runtime.settings.engine),
-        domain=body.domain,
-        session_id=body.session,
-        request_id=_idempotency_key(),
-    )
-    slot = runtime.admission.admit("chat")
+    body = parse_body(ChatBody)
+    if runtime().stop_event.is_set():
+        raise NotReady("the server is stopping")
+    slot = runtime().admission.chat()
     try:
-        run = runtime.chat.open(chat_request)
-        answer = _Answer(run, body)
-        if body.stream:
-            return event_stream(_Stream(answer.chunks(request.environ), slot))
-        return jsonify(answer.whole(request.environ))
+        wanted = body.to_request(actor=principal().id, idempotency_key=_idempotency_key())
+        exchange = _Exchange(runtime().chat.open(wanted), slot)
     except BaseException:
         slot.release()
         raise
-    finally:
-        if not body.stream:
-            slot.release()
+    wire = Wire(exchange.run.model, int(time.time()), body.include_usage)
+    headers = {"Idempotent-Replayed": "true"} if exchange.run.replayed else {}
+    if not body.stream:
+        return _whole(exchange, wire, headers)
+    response = sse.response(_stream(exchange, wire), headers)
+    response.call_on_close(exchange.close)  # a stream that was never begun has no finally
+    return response
 
 
 def _idempotency_key() -> str | None:
-    given = request.headers.get("Idempotency-Key")
-    if given is None:
-        return None
-    if not 1 <= len(given) <= 96:
-        raise ApiError(400, "Idempotency-Key: give 1 to 96 characters", param="Idempotency-Key", code="invalid_value")
-    return f"{current_principal().id}:{given}"
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and not 1 <= len(key) <= _LONGEST_KEY:
+        raise ApiError(400, "invalid_value", f"the Idempotency-Key must have 1 to {_LONGEST_KEY} characters")
+    return key
 
 
-def _sampling(body: ChatBody, defaults: EngineSettings) -> Any:
-    from workspace.sampling import SamplingParams
+class _Exchange:
+    """A chat, its slot, and what may end it early. Made in the request, used after it."""
 
-    wanted = body.max_completion_tokens or body.max_tokens or defaults.default_max_tokens
-    if wanted > defaults.max_tokens:
-        raise ApiError(
-            400,
-            f"max_tokens: at most {defaults.max_tokens} (engine.max_tokens)",
-            param="max_tokens",
-            code="invalid_value",
-        )
-    return SamplingParams(
-        max_tokens=wanted,
-        temperature=defaults.temperature if body.temperature is None else body.temperature,
-        top_p=defaults.top_p if body.top_p is None else body.top_p,
-        top_k=body.top_k or 0,
-        min_p=body.min_p or 0.0,
-        repetition_penalty=body.repetition_penalty or 1.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        presence_penalty=body.presence_penalty or 0.0,
-        seed=body.seed,
-        stop=body.stop,
-        logprobs=bool(body.logprobs),
-        top_logprobs=body.top_logprobs or 0,
-    )
-
-
-class _Stream:
-    """The iterator handed to the server: releases the slot when it ends or the client goes, whatever happens."""
-
-    def __init__(self, chunks: Iterator[str], slot: Slot):
-        self._chunks = chunks
+    def __init__(self, run: ChatRun, slot: Slot):
+        self.run = run
         self._slot = slot
+        self._watch = sse.ClientWatch(request.environ)
+        self._stopping: threading.Event = runtime().stop_event
+        self._give_up: float | None = None
+        self._path, self._request_id = request.path, request_id()
 
-    def __iter__(self) -> Iterator[str]:
-        return self._chunks
+    def client_gone(self) -> bool:
+        """True once nobody waits for the answer."""
+        return self._watch.gone()
+
+    def stopped(self) -> bool:
+        """Ask for the end when the server stops; True when it did not come in time."""
+        if not self._stopping.is_set():
+            return False
+        if self._give_up is None:
+            self._give_up = time.monotonic() + _STOP_SECONDS
+            self.run.cancel()
+        return time.monotonic() > self._give_up
+
+    def error_object(self, error: Exception) -> dict[str, Any]:
+        """OpenAI's error object for what happened after the first byte."""
+        return openai_error(problem_of(error, self._path, self._request_id), self._request_id)
 
     def close(self) -> None:
-        """Called by the server in every case, also when iteration never began."""
+        """End the chat and give the slot back; harmless when done before."""
         try:
-            close = getattr(self._chunks, "close", None)
-            if close is not None:
-                close()
+            self.run.close()
         finally:
             self._slot.release()
 
 
-class _Answer:
-    """One answer in OpenAI's shapes."""
+def _cut_off() -> NotReady:
+    return NotReady("the answer was cut off because the server is stopping; what was written is in the history")
 
-    def __init__(self, run: ChatRun, body: ChatBody):
-        self._run = run
-        self._body = body
-        self._id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        self._request_id = g.request_id
 
-    # -- not streamed -----------------------------------------------------------------------------------------
+def _whole(exchange: _Exchange, wire: Wire, headers: dict[str, str]) -> ResponseReturnValue:
+    deltas: list[Delta] = []
+    try:
+        for event in exchange.run.events(_TICK_SECONDS):
+            if isinstance(event, ChatFinished):
+                if event.finish_reason == "cancelled":
+                    raise _cut_off()
+                tokens = [token for delta in deltas for token in delta.tokens]
+                asked = exchange.run.request.logprobs and not event.replayed
+                response = jsonify(wire.completion(event, tokens if asked else None))
+                response.headers.update(headers)
+                return response
+            if event is not None:
+                deltas.append(event)
+            if exchange.client_gone():
+                return Response(status=_CLIENT_CLOSED_REQUEST)
+            if exchange.stopped():
+                raise _cut_off()
+    finally:
+        exchange.close()
+    raise AssertionError("a chat always ends with ChatFinished or an error")
 
-    def whole(self, environ: dict[str, Any]) -> dict[str, Any]:
-        """The complete body, once the exchange is committed. Stops early when the client has gone."""
-        tokens: list[Any] = []
-        finished: Finished | None = None
-        for event in self._run.events(_POLL_SECONDS):
-            if isinstance(event, Finished):
-                finished = event
-            elif isinstance(event, Delta):
-                tokens.extend(event.tokens)
-            if finished is None and client_has_gone(environ):
-                self._run.cancel()
-        assert finished is not None
-        if finished.reason == "error":
-            raise ApiError(500, f"the generation failed; the server's log has it under {self._request_id}")
-        choice: dict[str, Any] = {
-            "index": 0,
-            "message": {"role": "assistant", "content": finished.text, "refusal": None},
-            "logprobs": self._logprobs(tokens),
-            "finish_reason": _REASONS[finished.reason],
-        }
-        return self._envelope("chat.completion", [choice]) | {"usage": _usage(finished), "olympus": _ours(finished)}
 
-    # -- streamed ---------------------------------------------------------------------------------------------
+def _stream(exchange: _Exchange, wire: Wire) -> Iterator[str]:
+    try:
+        yield sse.event(wire.first())
+        yield from _chunks(exchange, wire)
+    except Exception as error:
+        # The status line is long gone: the error becomes an event, which is what OpenAI's clients look for.
+        yield sse.event(exchange.error_object(error))
+    finally:
+        exchange.close()
 
-    def chunks(self, environ: dict[str, Any]) -> Iterator[str]:
-        """The server-sent events of the answer. Closing the iterator cancels the generation."""
-        yield self._chunk({"role": "assistant", "content": "", "refusal": None})
-        text, tokens = "", []
-        sent = time.monotonic()
-        events = self._run.events(_POLL_SECONDS)
-        try:
-            for event in events:
-                now = time.monotonic()
-                if isinstance(event, Delta):
-                    text += event.text
-                    tokens.extend(event.tokens)
-                due = now - sent >= _BATCH_SECONDS or isinstance(event, Finished)
-                if due and (text or (tokens and self._body.logprobs)):
-                    yield self._chunk({"content": text}, logprobs=self._logprobs(tokens))
-                    text, tokens, sent = "", [], now
-                elif now - sent >= _KEEP_ALIVE_SECONDS:
-                    yield ": keep-alive\n\n"
-                    sent = now
-                if isinstance(event, Finished):
-                    yield from self._end(event)
-                elif client_has_gone(environ):
-                    return
-        except Exception as error:  # headers are gone: the error has to travel inside the stream
-            known = translate(error)
-            if known is None:
-                current_app.logger.exception("the stream failed")
-            yield self._error(known)
-        finally:
-            events.close()  # type: ignore[attr-defined]
 
-    def _end(self, finished: Finished) -> Iterator[str]:
-        if finished.reason == "error":
-            yield self._error(None)
+def _chunks(exchange: _Exchange, wire: Wire) -> Iterator[str]:
+    pending: list[Delta] = []
+    written = time.monotonic() - _BATCH_SECONDS  # the first text goes out at once
+    for event in exchange.run.events(_TICK_SECONDS):
+        if exchange.client_gone():
             return
-        yield self._chunk({}, finish_reason=_REASONS[finished.reason], olympus=_ours(finished))
-        if self._body.stream_options is not None and self._body.stream_options.include_usage:
-            yield sse(self._envelope("chat.completion.chunk", []) | {"usage": _usage(finished)})
-        yield "data: [DONE]\n\n"
-
-    def _error(self, known: ApiError | None) -> str:
-        unexpected = ApiError(500, f"the generation failed; the server's log has it under {self._request_id}")
-        return sse(openai_error(known or unexpected))
-
-    # -- parts ------------------------------------------------------------------------------------------------
-
-    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._run.model,
-            "system_fingerprint": None,
-            "choices": choices,
-        }
-
-    def _chunk(
-        self,
-        delta: dict[str, Any],
-        *,
-        logprobs: Any = None,
-        finish_reason: str | None = None,
-        olympus: dict[str, Any] | None = None,
-    ) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        chunk = self._envelope("chat.completion.chunk", [choice])
-        return sse(chunk if olympus is None else chunk | {"olympus": olympus})
-
-    def _logprobs(self, tokens: list[Any]) -> dict[str, Any] | None:
-        if not self._body.logprobs:
-            return None
-        sampled = [token for token in tokens if token.token_id is not None]
-        return {"content": [self._token(token) for token in sampled], "refusal": None}
-
-    def _token(self, token: Any) -> dict[str, Any]:
-        decode = _runtime().engine.loaded.tokenizer.decode
-        top = [_logprob(decode([item.token_id]), item.logprob) for item in token.top_logprobs]
-        return _logprob(decode([token.token_id]), token.logprob) | {"top_logprobs": top}
+        if isinstance(event, ChatFinished):
+            if pending:
+                yield sse.event(wire.delta(pending))
+            yield from _ending(event, wire)
+            return
+        if exchange.stopped():
+            raise _cut_off()
+        if event is not None:
+            pending.append(event)
+        now = time.monotonic()
+        if pending and now - written >= _BATCH_SECONDS:
+            yield sse.event(wire.delta(pending))
+            pending, written = [], now
+        elif now - written >= _KEEP_ALIVE_SECONDS:
+            yield sse.KEEP_ALIVE
+            written = now
 
 
-def _logprob(text: str, value: float) -> dict[str, Any]:
-    return {"token": text, "logprob": value, "bytes": list(text.encode())}
-
-
-def _usage(finished: Finished) -> dict[str, Any]:
-    return {
-        "prompt_tokens": finished.prompt_tokens,
-        "completion_tokens": finished.completion_tokens,
-        "total_tokens": finished.prompt_tokens + finished.completion_tokens,
-    }
-
-
-def _ours(finished: Finished) -> dict[str, Any]:
-    record = finished.experience
-    return {
-        "experience_id": None if record is None else record.id,
-        "domain": None if record is None else record.domain,
-        "finish_reason": finished.reason,
-        "replayed": finished.replayed,
-        "timings": {name: None if value is None else round(value, 4) for name, value in finished.timings.items()},
-    }
+def _ending(finished: ChatFinished, wire: Wire) -> Iterator[str]:
+    if finished.finish_reason == "cancelled":
+        raise _cut_off()
+    yield sse.event(wire.last(finished))
+    if wire.with_usage:
+        yield sse.event(wire.usage_chunk(finished))
+    yield "data: [DONE]\n\n"

@@ -1,73 +1,102 @@
-"""The dashboard's pages. They are almost empty: all data is fetched from the JSON API by the page's own modules."""
+"""The dashboard's pages. They hold no data: their scripts fetch it from the same API as everybody else."""
 
 from __future__ import annotations
 
-from flask import Blueprint, Response, current_app, make_response, redirect, render_template, request
-from werkzeug.wrappers import Response as BaseResponse
+from urllib.parse import urlsplit
 
-from web.auth import COOKIE, Authenticator
+import structlog
+from flask import Blueprint, current_app, redirect, render_template, request
+from flask.typing import ResponseReturnValue
+
+from web.auth import ANY, Authenticator, requires
+from web.context import principal, runtime
 from web.errors import ApiError
+from web.ops import application_version
+from web.sessions import LoginLimiter
+
+log = structlog.get_logger(__name__)
 
 blueprint = Blueprint("pages", __name__)
 
 
+@blueprint.app_context_processor
+def _for_templates() -> dict[str, object]:
+    return {"version": application_version()}
+
+
 @blueprint.get("/")
-def overview() -> str:
-    """What it is, whether it is healthy, what happened lately."""
+@requires(ANY)
+def overview() -> ResponseReturnValue:
+    """What the server is doing."""
     return render_template("overview.html", page="overview")
 
 
 @blueprint.get("/chat")
-def chat() -> str:
+@requires(ANY)
+def chat() -> ResponseReturnValue:
     """Talk to the model."""
     return render_template("chat.html", page="chat")
 
 
 @blueprint.get("/kernels")
-def kernels() -> str:
+@requires(ANY)
+def kernels() -> ResponseReturnValue:
     """All kernels, and the form that spawns one."""
     return render_template("kernels.html", page="kernels")
 
 
-@blueprint.get("/kernels/<kernel_id>")
-def kernel(kernel_id: str) -> str:
-    """One kernel."""
-    if current_app.extensions["olympus"].zeus.exists(kernel_id):
-        return render_template("kernel.html", page="kernel", kernel_id=kernel_id)
-    raise ApiError(404, f"there is no kernel {kernel_id}; it may have been deleted", code="kernel_not_found")
+@blueprint.get("/kernels/<kernel:kernel_id>")
+@requires(ANY)
+def kernel(kernel_id: str) -> ResponseReturnValue:
+    """One kernel, live. Whether it exists is for its script to find out and say."""
+    return render_template("kernel.html", page="kernel", kernel_id=kernel_id)
 
 
 @blueprint.get("/login")
-def login() -> str:
-    """Ask for a key."""
-    return render_template("login.html", page="login", next=_next(request.args.get("next")))
+def login() -> ResponseReturnValue:
+    """The sign-in form."""
+    return render_template("login.html", page="login", next=_destination(request.args.get("next")))
 
 
 @blueprint.post("/login")
-def sign_in() -> BaseResponse:
+def sign_in() -> ResponseReturnValue:
     """Exchange a key for a session cookie."""
-    authenticator: Authenticator = current_app.extensions["olympus.auth"]
-    target = _next(request.form.get("next"))
-    response = redirect(target, 303)
-    assert isinstance(response, Response)
-    try:
-        authenticator.sign_in(request.form.get("key", ""), response)
-    except ApiError as error:
-        page = render_template("login.html", page="login", next=target, error=str(error))
-        return make_response(page, error.status, error.headers)
+    limiter: LoginLimiter = current_app.extensions["olympus.logins"]
+    destination = _destination(request.form.get("next"))
+    wait = limiter.wait(request.remote_addr or "")
+    if wait > 0:
+        raise ApiError(429, "too_many_attempts", "too many sign-ins from this address; wait a moment", retry_after=wait)
+    found = runtime().keys.verify(request.form.get("key", "").strip())
+    if found is None:
+        log.warning("sign-in refused", address=request.remote_addr)
+        error = "This key is wrong, expired or revoked."
+        return render_template("login.html", page="login", next=destination, error=error), 401
+    response = redirect(destination or "/", 303)
+    _authenticator().cookies.write(request, response, found.id)
+    log.info("signed in", key_id=found.id)
     return response
 
 
 @blueprint.post("/logout")
-def sign_out() -> BaseResponse:
-    """End the browser's session."""
+@requires(ANY)
+def logout() -> ResponseReturnValue:
+    """End this browser's session."""
     response = redirect("/login", 303)
-    response.delete_cookie(COOKIE)
+    _authenticator().cookies.clear(request, response)
+    log.info("signed out", key_id=principal().id)
     return response
 
 
-def _next(target: str | None) -> str:
-    """Only a path of this server; ``//host`` and ``/\\host`` would lead elsewhere."""
-    if target and target.startswith("/") and not target.startswith(("//", "/\\")) and "\n" not in target:
-        return target
-    return "/"
+def _authenticator() -> Authenticator:
+    found: Authenticator = current_app.extensions["olympus.authenticator"]
+    return found
+
+
+def _destination(wanted: str | None) -> str | None:
+    """Where to go after signing in: a path on this server, never an address that merely looks like one."""
+    if not wanted or not wanted.startswith("/") or wanted.startswith("//") or len(wanted) > 2000:
+        return None
+    if "\\" in wanted or any(ord(letter) < 0x20 for letter in wanted):
+        return None
+    parts = urlsplit(wanted)
+    return None if parts.scheme or parts.netloc else wanted

@@ -1,180 +1,269 @@
-"""What a chat client may send: OpenAI's request body, field by field, and ours beside it.
+"""What clients may send to the routes that have no model of their own in ``olympus.requests``.
 
-Three kinds of fields: those that are honoured; those that change nothing here and that clients send all the same
-(accepted and ignored); and those whose absence the user would notice (a clear error that names the field). Any other
-name is an error, too, with the nearest known one. Which is which: docs/api.md.
+``ChatBody`` is OpenAI's chat completion request as clients really send it (contents as text or as text parts, nulls
+for what they do not set, hints of OpenAI's own service), plus ``session`` and ``domain``. What would change the
+answer and is not built yet is refused by name; what is a hint only is accepted and ignored. Nothing is ignored that
+a client could rely on.
 """
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
-from olympus.requests import Name
+from olympus.chat_types import ChatRequest
+from olympus.requests import Name, Text
 
-_Strict = ConfigDict(extra="forbid", allow_inf_nan=False)
-Label = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\x00]*\z")]
+_ID_LIMIT = 2**63 - 1
+_MOST_STOPS = 4
 
-#: field -> values that mean "not used" and are therefore fine
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none"),
-    "response_format": (None, {"type": "text"}),
-    "logit_bias": (None, {}),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "web_search_options": (None,),
-    "n": (None, 1),
-}
-IGNORED = (
-    "user", "metadata", "store", "service_tier", "reasoning_effort", "parallel_tool_calls", "verbosity",
-    "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-)  # fmt: skip
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+Session = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\x00]*\z")]
 
 
-class TextPart(BaseModel):
-    """One part of a message's content; only text is understood."""
-
-    model_config = _Strict
-    type: Literal["text"]
-    text: str
+def _unsupported(value: Any) -> Any:
+    if value in (None, [], {}):
+        return None
+    raise PydanticCustomError("unsupported", "is not supported yet; leave it out")
 
 
-class Message(BaseModel):
-    """One turn. ``developer`` is OpenAI's newer name of ``system``."""
+def _only(*allowed: Any) -> BeforeValidator:
+    """Accept exactly these values; the rest is not supported yet."""
 
-    model_config = _Strict
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-    tool_call_id: str | None = None
-    refusal: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_tool_calls(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            if value.get("tool_calls") or value.get("function_call"):
-                raise ValueError("tool calls are not supported yet; send their results as text")
-            dropped = ("tool_calls", "function_call", "audio", "annotations")  # clients echo these back as null
-            return {key: item for key, item in value.items() if key not in dropped}
-        return value
-
-    def plain(self) -> dict[str, Any]:
-        """Role and text, as chat templates understand them."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
-
-
-class StreamOptions(BaseModel):
-    """Options of a streamed answer."""
-
-    model_config = ConfigDict(extra="ignore")
-    include_usage: bool = False
-
-
-class ChatBody(BaseModel):
-    """The body of ``POST /v1/chat/completions``."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    messages: list[Message] = Field(min_length=1, max_length=2048)
-    model: str | None = Field(None, max_length=256)
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: tuple[str, ...] = ()
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    # Ours.
-    session: Label | None = None
-    domain: Name | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
+    def check(value: Any) -> Any:
+        if value is None or any(value == item and type(value) is type(item) for item in allowed):
             return value
-        for name, unused in UNSUPPORTED.items():
-            if name in value and value[name] not in unused:
-                raise ValueError(f"{name}: not supported yet; leave it out")
-        kept = {key: item for key, item in value.items() if key not in UNSUPPORTED and key not in IGNORED}
-        for key in kept:
-            if key not in cls.model_fields:
-                near = difflib.get_close_matches(str(key), [*cls.model_fields, *IGNORED, *UNSUPPORTED], n=1)
-                hint = f"; did you mean {near[0]}?" if near else "; docs/api.md lists the known ones"
-                raise ValueError(f"{key}: unknown field{hint}")
-        return kept
+        shown = " or ".join(repr(item) for item in allowed)
+        raise PydanticCustomError("unsupported", "only {shown} is supported yet", {"shown": shown})
 
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        if value is None:
-            return ()
-        stops = (value,) if isinstance(value, str) else value
-        if isinstance(stops, list | tuple) and (len(stops) > 4 or "" in stops):
-            raise ValueError("give at most 4 stop strings, none of them empty")
-        return stops
+    return BeforeValidator(check)
+
+
+def _flatten(content: Any) -> Any:
+    """OpenAI's two forms of content as one text; parts that are not text are refused by their type."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in ("text", "input_text") and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif isinstance(kind, str) and kind not in ("text", "input_text"):
+            raise PydanticCustomError("unsupported", "parts of type {kind} are not supported yet", {"kind": kind[:40]})
+        else:
+            raise PydanticCustomError("value_error", "each part must be like {{'type': 'text', 'text': '...'}}")
+    return "\n".join(texts)
+
+
+def _without_nul(text: str) -> str:
+    if "\x00" in text:
+        raise PydanticCustomError("value_error", "must not contain NUL characters")
+    return text
+
+
+def _stops(value: Any) -> Any:
+    stops = [value] if isinstance(value, str) else value
+    if stops is None:
+        return ()
+    if not isinstance(stops, list) or not all(isinstance(item, str) and item for item in stops):
+        raise PydanticCustomError("value_error", "must be a text, or a list of texts, none of them empty")
+    if len(stops) > _MOST_STOPS:
+        raise PydanticCustomError("value_error", "at most {most} stop texts are possible", {"most": _MOST_STOPS})
+    return tuple(stops)
+
+
+Unsupported = Annotated[Any, AfterValidator(_unsupported)]
+Ignored = Any
+Content = Annotated[str | None, BeforeValidator(_flatten)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Message(_Body):
+    """One turn. Also takes what clients copy from earlier answers (``refusal: null`` and the like)."""
+
+    role: Role
+    content: Content = None
+    name: Annotated[str, StringConstraints(max_length=128)] | None = None
+    tool_call_id: Annotated[str, StringConstraints(max_length=128)] | None = None
+    tool_calls: Unsupported = None
+    function_call: Unsupported = None
+    audio: Unsupported = None
+    refusal: Ignored = None
+    annotations: Ignored = None
+    reasoning: Ignored = None
+    reasoning_content: Ignored = None
 
     @model_validator(mode="after")
-    def _one_limit(self) -> ChatBody:
-        both = (self.max_tokens, self.max_completion_tokens)
-        if None not in both and both[0] != both[1]:
-            raise ValueError("max_tokens and max_completion_tokens differ; send one of them")
-        if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs: needs logprobs to be true")
+    def _has_content(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("value_error", "content is missing; give a text")
+        _without_nul(self.content or "")
+        return self
+
+    def to_template(self) -> dict[str, str]:
+        """The message as chat templates take it."""
+        turn: dict[str, str] = {"role": self.role, "content": self.content or ""}
+        for key in ("name", "tool_call_id"):
+            value = getattr(self, key)
+            if value is not None:
+                turn[key] = value
+        return turn
+
+
+class StreamOptions(_Body):
+    """Options of a stream."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Ignored = None
+
+
+class OlympusOptions(_Body):
+    """Ours, in a field of its own: clients that check OpenAI's fields pass it on as it is."""
+
+    session: Session | None = None
+    domain: Name | None = None
+
+
+class ChatBody(_Body):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=2000)]
+    model: Annotated[str, StringConstraints(max_length=256)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=_ID_LIMIT)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=_ID_LIMIT)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=1_000_000)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=_ID_LIMIT)] | None = None
+    stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    session: Session | None = None
+    domain: Name | None = None
+    olympus: OlympusOptions | None = None
+    n: Annotated[Any, _only(1)] = None
+    response_format: Annotated[Any, _only({"type": "text"})] = None
+    modalities: Annotated[Any, _only(["text"])] = None
+    tool_choice: Annotated[Any, _only("none", "auto")] = None
+    tools: Unsupported = None
+    functions: Unsupported = None
+    function_call: Unsupported = None
+    logit_bias: Unsupported = None
+    audio: Unsupported = None
+    prediction: Unsupported = None
+    web_search_options: Unsupported = None
+    moderation: Unsupported = None
+    user: Ignored = None
+    metadata: Ignored = None
+    store: Ignored = None
+    service_tier: Ignored = None
+    reasoning_effort: Ignored = None
+    verbosity: Ignored = None
+    parallel_tool_calls: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
+    prompt_cache_retention: Ignored = None
+    safety_identifier: Ignored = None
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> ChatBody:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("value_error", "stream_options is only possible when stream is true")
+        inner = self.olympus or OlympusOptions()
+        for name, one, other in (
+            ("max_tokens and max_completion_tokens", self.max_tokens, self.max_completion_tokens),
+            ("session and olympus.session", self.session, inner.session),
+            ("domain and olympus.domain", self.domain, inner.domain),
+        ):
+            if one is not None and other is not None and one != other:
+                raise PydanticCustomError("value_error", "{name} differ; give one of them", {"name": name})
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """True when the stream shall end with a chunk that holds the usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def to_request(self, *, actor: str, idempotency_key: str | None) -> ChatRequest:
+        """What the chat service takes."""
+        inner = self.olympus or OlympusOptions()
+        return ChatRequest(
+            messages=tuple(message.to_template() for message in self.messages),
+            model=self.model,
+            max_tokens=self.max_completion_tokens if self.max_tokens is None else self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=None if self.top_k is None else max(0, self.top_k),  # -1 means off elsewhere
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            seed=self.seed,
+            stop=self.stop,
+            logprobs=bool(self.logprobs),
+            top_logprobs=self.top_logprobs or 0,
+            session_id=self.session or inner.session,
+            domain=self.domain or inner.domain,
+            idempotency_key=idempotency_key,
+            actor=actor,
+        )
+
+
+class HistoryQuery(_Body):
+    """``GET /olympus/history``."""
+
+    domain: Annotated[str, StringConstraints(max_length=64)] | None = None
+    session: Annotated[str, StringConstraints(max_length=128)] | None = None
+    before: Annotated[int, Field(ge=0, le=_ID_LIMIT)] | None = None
+    limit: Annotated[int, Field(ge=1, le=200)] = 50
+
+
+class ForgetQuery(_Body):
+    """``DELETE /olympus/history``."""
+
+    domain: Annotated[str, StringConstraints(max_length=64)] | None = None
+    session: Annotated[str, StringConstraints(max_length=128)] | None = None
+
+
+class SessionsQuery(_Body):
+    """``GET /olympus/sessions``."""
+
+    limit: Annotated[int, Field(ge=1, le=500)] = 100
+
+
+class FeedbackBody(_Body):
+    """``POST /olympus/history/<id>/feedback``: a score from -1 to 1, a text, or both."""
+
+    score: Annotated[float, Field(ge=-1, le=1)] | None = None
+    feedback: Text | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> FeedbackBody:
+        if self.score is None and self.feedback is None:
+            raise PydanticCustomError("value_error", "give a score, a feedback text, or both")
         return self
 
 
-class FeedbackBody(BaseModel):
-    """The body of ``POST /olympus/history/<id>/feedback``."""
+class MetricsQuery(_Body):
+    """``GET /olympus/kernels/<id>/metrics``."""
 
-    model_config = _Strict
-    feedback: Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00]*\z")] | None = None
-    score: float | None = Field(None, ge=-1, le=1)
-
-
-class HistoryQuery(BaseModel):
-    """Query string of ``GET /olympus/history``."""
-
-    model_config = _Strict
-    domain: Label | None = None
-    session: Label | None = None
-    before: int | None = Field(None, ge=1, lt=2**63)
-    limit: int = Field(50, ge=1, le=500)
+    since: Annotated[int, Field(ge=0, le=_ID_LIMIT)] | None = None
+    max_points: Annotated[int, Field(ge=1, le=10_000)] = 2000
 
 
-class HistorySelection(BaseModel):
-    """Query string of ``DELETE /olympus/history``."""
+class StreamQuery(_Body):
+    """``GET /olympus/stream``: topics separated by commas; none means all."""
 
-    model_config = _Strict
-    domain: Label | None = None
-    session: Label | None = None
-
-
-class MetricsQuery(BaseModel):
-    """Query string of ``GET /olympus/kernels/<id>/metrics``."""
-
-    model_config = _Strict
-    since: int | None = Field(None, ge=0, lt=2**31)
-    max_points: int = Field(2000, ge=2, le=2000)
-
-
-class EmptyBody(BaseModel):
-    """The body of an action without arguments: nothing, or ``{}``."""
-
-    model_config = _Strict
+    topics: Annotated[str, StringConstraints(max_length=500)] = ""
+    last_event_id: Annotated[int, Field(ge=0, le=_ID_LIMIT)] | None = None

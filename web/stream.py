@@ -1,8 +1,8 @@
-"""``GET /olympus/stream``: what happens, as server-sent events, resumable with ``Last-Event-ID``.
+"""One event stream per browser tab: what the hub publishes, as server-sent events.
 
-The first event is ``hello`` with the newest id (a fresh watcher fetches the state and follows from there), the events
-that were missed, or ``reset`` when those are gone. A comment goes out every 15 s, and each time the watcher's key is
-checked again: a revoked key loses its stream.
+A new watcher first hears ``hello``; one that comes back with ``Last-Event-ID`` hears what it missed, or ``reset`` when
+that is gone and the current state should be fetched anew. The stream ends when the server stops, when its key is
+revoked, and when nobody reads it any more; its place is given back in any case.
 """
 
 from __future__ import annotations
@@ -10,56 +10,105 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from flask import Blueprint, Response, current_app, request
+from flask import Blueprint, request
+from flask.typing import ResponseReturnValue
 
 from olympus.access import Principal
-from olympus.runtime import Runtime
+from olympus.admission import Slot
+from olympus.errors import NotReady
 from telemetry.hub import Subscription
-from web.auth import current_principal
-from web.errors import ApiError
-from web.openai import _Stream as Releasing
-from web.wire import client_has_gone, event_stream, sse
+from web import sse
+from web.auth import Authenticator, requires
+from web.context import principal, runtime
+from web.errors import ApiError, FieldError
+from web.jsonio import parse_query
+from web.schemas import StreamQuery
 
-blueprint = Blueprint("stream", __name__, url_prefix="/olympus")
+blueprint = Blueprint("stream", __name__)
 
-_HEARTBEAT_SECONDS = 15.0
-_COMMENT_SECONDS = 5.0
-_WAIT_SECONDS = 0.25
-
-
-@blueprint.get("/stream")
-def events() -> Response:
-    """Follow the topics named in ``topics`` (comma separated; none means all)."""
-    runtime: Runtime = current_app.extensions["olympus"]
-    topics = [topic for topic in request.args.get("topics", "").split(",") if topic]
-    last = request.headers.get("Last-Event-ID") or request.args.get("last_event_id")
-    if last is not None and not (last.isdecimal() and len(last) < 19):
-        raise ApiError(400, "Last-Event-ID: send the id of an event of this stream", code="invalid_value")
-    slot = runtime.admission.admit("stream")
-    subscription = runtime.hub.subscribe(topics, last_event_id=None if last is None else int(last))
-    hello = None if last is not None else runtime.hub.last_id
-    return event_stream(Releasing(_events(runtime, subscription, current_principal(), hello, request.environ), slot))
+SCOPE = "kernels:read"
+TOPICS = ("model", "history", "chat", "kernel.state", "kernel.metric", "kernel.checkpoint")
+_TICK_SECONDS = 0.5
+_HEARTBEAT_SECONDS = 5.0  # proxies cut silent connections after a minute, the dashboard calls 10 s of silence stale
+_RECHECK_SECONDS = 2.0
+_RETRY = "retry: 2000\n\n"
 
 
-def _events(
-    runtime: Runtime, subscription: Subscription, principal: Principal, hello: int | None, environ: dict[str, object]
-) -> Iterator[str]:
-    with subscription:
-        if hello is not None:
-            yield sse({"last_id": hello}, event="hello", event_id=hello, retry=2000)
-        else:
-            yield "retry: 2000\n\n"
-        checked = commented = time.monotonic()
-        while not runtime.stop_event.is_set():
-            for event in subscription.get(_WAIT_SECONDS):
-                yield sse(event.data, event=event.topic, event_id=event.id)
-            now = time.monotonic()
-            if now - checked >= _HEARTBEAT_SECONDS:
-                checked = now
-                if not runtime.keys.still_valid(principal):
-                    return
-            if now - commented >= _COMMENT_SECONDS:
-                commented = now
-                yield ": still here\n\n"
-            if client_has_gone(environ):
-                return
+@blueprint.get("/olympus/stream")
+@requires(SCOPE)
+def stream() -> ResponseReturnValue:
+    """Watch what happens."""
+    query = parse_query(StreamQuery)
+    topics = _topics(query.topics)
+    serving = runtime()
+    if serving.stop_event.is_set():
+        raise NotReady("the server is stopping")
+    slot = serving.admission.stream()
+    try:
+        watcher = _Watcher(slot, _last_event_id(query), topics)
+    except BaseException:
+        slot.release()
+        raise
+    response = sse.response(watcher.events())
+    response.call_on_close(watcher.close)  # a stream that was never begun has no finally
+    return response
+
+
+class _Watcher:
+    """A subscription, its slot, and what ends it. Made in the request, used after it."""
+
+    def __init__(self, slot: Slot, last_event_id: int | None, topics: list[str]):
+        from flask import current_app
+
+        serving = runtime()
+        self._slot = slot
+        self._stopping = serving.stop_event
+        self._authenticator: Authenticator = current_app.extensions["olympus.authenticator"]
+        self._principal: Principal = principal()
+        self._watch = sse.ClientWatch(request.environ)
+        # The id is read before subscribing and events after it are delivered: nothing falls in between.
+        self._hello = serving.hub.last_id if last_event_id is None else None
+        since = self._hello if last_event_id is None else last_event_id
+        self._subscription: Subscription = serving.hub.subscribe(topics, last_event_id=since)
+
+    def events(self) -> Iterator[str]:
+        """The stream's text."""
+        try:
+            yield _RETRY
+            if self._hello is not None:
+                yield sse.event({"last_event_id": self._hello}, name="hello", event_id=self._hello)
+            said = checked = time.monotonic()
+            while not self._stopping.is_set() and not self._watch.gone():
+                for event in self._subscription.get(_TICK_SECONDS):
+                    yield sse.event(event.data, name=event.topic, event_id=event.id)
+                    said = time.monotonic()
+                now = time.monotonic()
+                if now - checked >= _RECHECK_SECONDS:
+                    if not self._authenticator.still_allows(self._principal, SCOPE):
+                        return
+                    checked = now
+                if now - said >= _HEARTBEAT_SECONDS:
+                    yield ":\n\n"
+                    said = now
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop watching and give the slot back; harmless when done before."""
+        self._subscription.close()
+        self._slot.release()
+
+
+def _topics(text: str) -> list[str]:
+    topics = [topic.strip() for topic in text.split(",") if topic.strip()]
+    unknown = [topic for topic in topics if topic not in TOPICS]
+    if unknown:
+        detail = f"unknown topic {unknown[0]!r}; known are {', '.join(TOPICS)}"
+        raise ApiError(422, "invalid_request", f"topics: {detail}", errors=[FieldError("topics", detail)])
+    return topics
+
+
+def _last_event_id(query: StreamQuery) -> int | None:
+    """The header wins: a browser sets it by itself when it reconnects to an address that may name an older id."""
+    header = request.headers.get("Last-Event-ID", "")
+    return int(header) if header.isascii() and header.isdigit() and len(header) < 20 else query.last_event_id

@@ -34,9 +34,15 @@ function legendValue(values, value) {
   return isNumber(shown) ? decimal(shown) : "not measured";
 }
 
+/** On a logarithmic scale only powers of ten get a grid line. */
+function powersOnly(plot, splits, axis) {
+  if (axis === 0 || plot.scales.y.distr !== 3) return splits;
+  return splits.map((value) => (Number.isInteger(Math.round(1e6 * Math.log10(value)) / 1e6) ? value : null));
+}
+
 function axisOf(extra) {
   const font = `13px ${getComputedStyle(document.body).fontFamily}`;
-  return { font, stroke: () => tokenColour("--ink-soft"), grid: { stroke: () => tokenColour("--chart-grid"), width: 1 }, ticks: { show: false }, ...extra };
+  return { font, stroke: () => tokenColour("--ink-soft"), grid: { stroke: () => tokenColour("--chart-grid"), width: 1, filter: powersOnly }, ticks: { show: false }, ...extra };
 }
 
 export class StepChart {
@@ -45,6 +51,7 @@ export class StepChart {
   #plot = null;
   #data = null;
   #frame = null;
+  #logarithmic = false;
 
   /** `options`: {series: [{label, token, width, dash}], range: (u, min, max) => [low, high], height, draw(u), sync}. */
   constructor(box, options) {
@@ -64,6 +71,15 @@ export class StepChart {
     });
   }
 
+  /** A logarithmic scale shows what is still being learned late; a linear one how far it has come. */
+  setLogarithmic(value) {
+    this.#logarithmic = value;
+    if (!this.#plot) return;
+    this.#plot.destroy();
+    this.#plot = null;
+    this.#make();
+  }
+
   redraw() {
     this.#plot?.redraw();
   }
@@ -80,10 +96,10 @@ export class StepChart {
       padding: [10, 12, 0, 0],
       cursor: { y: false, drag: { x: true, y: false }, sync: { key: sync }, points: { size: 7 } },
       legend: { markers: { width: 2, dash: (_, index) => (index > 0 && series[index - 1].dash ? "dashed" : "solid") } },
-      scales: { x: { time: false }, y: { range } },
+      scales: { x: { time: false }, y: this.#logarithmic ? { distr: 3 } : { range } },
       axes: [
         axisOf({ size: 32, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? integer(tick) : "")) }),
-        axisOf({ size: 48, values: (_, ticks) => ticks.map((tick) => String(Number(tick.toFixed(3)))) }),
+        axisOf({ size: 48, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : String(Number(tick.toPrecision(3))))) }),
       ],
       series: [{ label: "Step", value: (plot, step) => integer(isNumber(step) ? step : plot.data[0].at(-1)) }, ...series.map(seriesOf)],
       hooks: { drawClear: draw ? [draw] : [] },

@@ -151,7 +151,7 @@ async function answer() {
   setRunning(new AbortController());
   try {
     const result = await complete(requestBody(messages), { signal: running.signal, onText: (delta) => turn.append(delta, scrollDown) });
-    const experience = result.experienceId === null ? null : { id: result.experienceId, domain: result.domain ?? domain(), score: null };
+    const experience = result.experienceId === null ? null : { id: result.experienceId, domain: result.domain, score: null };
     turn.finish(measurements(result), experience);
     if (result.experienceId !== null) defaults.newestId = Math.max(defaults.newestId ?? 0, result.experienceId);
     announce(`Answer finished: ${turn.text.slice(0, 300)}`);

@@ -4,11 +4,11 @@ import { ApiError, errorFrom, signIn } from "./api.js";
 import { readEvents } from "./sse.js";
 
 /** Stream an answer. Calls `onText(delta)` for each piece and resolves to
-    {finishReason, tokens, seconds, firstTokenSeconds, experienceId, domain}.
+    {finishReason, tokens, seconds, firstTokenSeconds, experienceId, domain, endedBy}.
     Rejects with ApiError, or with an AbortError when `signal` was aborted. */
 export async function complete(body, { signal, onText }) {
   const begun = performance.now();
-  const result = { finishReason: null, tokens: null, seconds: 0, firstTokenSeconds: null, experienceId: null, domain: null };
+  const result = { finishReason: null, tokens: null, seconds: 0, firstTokenSeconds: null, experienceId: null, domain: null, endedBy: null };
   const response = await open(body, signal);
   for await (const message of readEvents(response.body)) {
     if (message.data === null || message.data === undefined) continue;
@@ -22,9 +22,10 @@ export async function complete(body, { signal, onText }) {
     }
     if (choice?.finish_reason) result.finishReason = choice.finish_reason;
     if (chunk.usage) result.tokens = chunk.usage.completion_tokens;
-    if (chunk.olympus?.experience_id !== undefined) {
+    if (chunk.olympus) {
       result.experienceId = chunk.olympus.experience_id;
-      result.domain = chunk.olympus.domain ?? null;
+      result.domain = chunk.olympus.domain;
+      result.endedBy = chunk.olympus.ended_by;
     }
   }
   if (signal.aborted) throw new DOMException("stopped", "AbortError");

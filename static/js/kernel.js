@@ -14,7 +14,9 @@ const id = byId("kernel").dataset.kernelId;
 const path = `/olympus/kernels/${encodeURIComponent(id)}`;
 const metrics = new Metrics(`${path}/metrics`);
 const TABLE_ROWS = 50;
+const WIDE_SPAN = 20; // on a linear scale, what is below 1/20 of the top looks like zero
 let kernel = null;
+let gone = false; // deleted: whatever is asked now would be answered with 404
 
 // -- charts ------------------------------------------------------------------------------------------------------
 
@@ -49,10 +51,25 @@ function phiBand(c) {
   return { from: first, to: measuredSteps.at(-1), low: c.phi_mean - c.phi_std, high: c.phi_mean + c.phi_std };
 }
 
+let scaleChosen = false; // by the reader; until then the span of the values decides
+
+function setLossScale(logarithmic) {
+  byId("loss-scale").setAttribute("aria-pressed", String(logarithmic));
+  lossChart.setLogarithmic(logarithmic);
+}
+
+function fitLossScale() {
+  if (scaleChosen) return;
+  const values = LOSS.flatMap(({ column }) => metrics.columns[column]).filter((value) => value > 0);
+  const wide = values.length > 0 && values.reduce((a, b) => Math.max(a, b)) > WIDE_SPAN * values.reduce((a, b) => Math.min(a, b));
+  if (wide !== (byId("loss-scale").getAttribute("aria-pressed") === "true")) setLossScale(wide);
+}
+
 function renderCharts() {
   const { columns } = metrics;
+  fitLossScale();
   drawOrWait(lossChart, byId("loss-chart"), LOSS, "No step yet. Training begins when it has enough experiences.");
-  drawOrWait(phiChart, byId("phi-chart"), PHI, kernel?.phi.reason || "Φ is not measured yet.");
+  drawOrWait(phiChart, byId("phi-chart"), PHI, kernel?.phi.reason ? `Not measured yet: ${kernel.phi.reason}.` : "Not measured yet.");
   const holdout = metrics.last("holdout_loss");
   const baseline = metrics.last("baseline_loss");
   byId("loss-summary").textContent = metrics.length === 0 ? "" : [
@@ -102,7 +119,8 @@ function renderConvergence() {
   const convergence = kernel.convergence ?? { converged: false, reason: "nothing has been measured yet" };
   replace(byId("conditions"), conditionsOf(kernel), () => conditionsOf(kernel).map((item) => conditionItem(item, item.why)));
   replace(byId("conv-verdict"), convergence.converged, () => stateBadge(convergence.converged ? "converged" : "queued", convergence.converged ? "converged" : "not yet"));
-  byId("conv-reason").textContent = convergence.reason ?? "";
+  const reason = convergence.reason.replaceAll("Phi", "Φ");
+  byId("conv-reason").textContent = `${reason.charAt(0).toUpperCase()}${reason.slice(1)}.`;
 }
 
 function numberRows() {
@@ -176,9 +194,11 @@ function askDelete() {
 byId("delete-dialog").addEventListener("close", async (event) => {
   if (event.currentTarget.returnValue !== "delete") return;
   try {
+    gone = true;
     await api.delete(path);
     location.assign("/kernels");
   } catch (error) {
+    gone = false;
     toast(`It was not deleted: ${error.message}`, "bad");
   }
 });
@@ -233,13 +253,14 @@ async function readMetrics() {
 }
 
 async function refresh() {
+  if (gone) return;
   const results = await Promise.allSettled([readStatus(), readMetrics(), readCheckpoints()]);
   const failed = results.find((result) => result.status === "rejected");
   if (!failed) return;
   byId("kernel-sentence").textContent = failed.reason.status === 404 ? "There is no such kernel. It may have been deleted." : `Not up to date: ${failed.reason.message}`;
 }
 
-const quietly = (run) => () => run().catch((error) => console.debug("kernel:", error.message));
+const quietly = (run) => () => gone || run().catch((error) => console.debug("kernel:", error.message));
 const metricsSoon = throttle(quietly(readMetrics), 500);
 const statusSoon = throttle(quietly(readStatus), 2000);
 const checkpointsSoon = throttle(quietly(readCheckpoints), 1000);
@@ -254,6 +275,12 @@ live.on("kernel.metric", (data) => {
 });
 live.on("kernel.state", (data) => {
   if (data.kernel_id !== id) return;
+  if (data.state === "deleted") {
+    gone = true;
+    byId("kernel-sentence").textContent = "This kernel was deleted.";
+    byId("kernel-actions").replaceChildren();
+    return;
+  }
   const newest = metrics.columns.step.at(-1);
   if (isNumber(newest) && isNumber(data.step) && data.step < newest) metrics.reset();
   announce(`This kernel is ${data.state}`);
@@ -261,6 +288,10 @@ live.on("kernel.state", (data) => {
 });
 live.on("kernel.checkpoint", (data) => data.kernel_id === id && checkpointsSoon());
 live.on("reset", () => metrics.reset());
+byId("loss-scale").addEventListener("click", (event) => {
+  scaleChosen = true;
+  setLossScale(event.currentTarget.getAttribute("aria-pressed") !== "true");
+});
 for (const twin of document.querySelectorAll(".twin")) twin.addEventListener("toggle", renderCharts);
 wireForms(path, refresh);
 keepFresh(refresh);

@@ -66,11 +66,13 @@ async function readReadiness() {
   return (await response.json()).checks;
 }
 
+const CHECK_NAMES = { data_directory: "data directory", stopping: "not stopping" };
+
 function renderChecks(checks) {
   const items = Object.entries(checks).map(([name, detail]) => ({ name, detail }));
   reconcile(byId("checks"), items, (item) => item.name, ({ name, detail }) => {
     const ok = detail === "ok";
-    return h("li", {}, stateBadge(ok ? "ok" : detail.startsWith("loading") ? "queued" : "stalled", name.replaceAll("_", " ")), h("span", { class: "detail" }, ok ? "ok" : detail));
+    return h("li", {}, stateBadge(ok ? "ok" : detail.startsWith("loading") ? "queued" : "stalled", CHECK_NAMES[name] ?? name), h("span", { class: "detail" }, ok ? "ok" : detail));
   });
 }
 
@@ -111,9 +113,9 @@ async function readKernels() {
 // -- what happened -----------------------------------------------------------------------------------------------
 
 async function readHistory() {
-  const { experiences } = await api.get("/olympus/history?limit=6");
+  const [{ experiences }, { sessions }] = await Promise.all([api.get("/olympus/history?limit=6"), api.get("/olympus/sessions")]);
   const list = byId("experiences");
-  byId("first-steps").hidden = experiences.some((item) => item.source === "chat");
+  byId("first-steps").hidden = sessions.length > 0 || experiences.some((item) => item.source === "chat");
   if (experiences.length === 0) {
     list.replaceChildren(h("li", { class: "empty" }, "None yet. The first chat becomes experience number one."));
     return;

@@ -79,7 +79,7 @@ export class Sky {
   }
 
   #trail(kernel, scale) {
-    const points = (this.#trails.get(kernel.kernel_id) ?? []).map((point) => `${scale.x(point.ratio).toFixed(1)} ${scale.y(point.phi).toFixed(1)}`);
+    const points = (this.#trails.get(kernel.kernel_id) ?? []).map((point) => `${scale.x(point.ratio).toFixed(1)} ${(point.phi === null ? scale.lane : scale.y(point.phi)).toFixed(1)}`);
     return points.length > 1 ? s("path", { class: "trail", d: `M${points.join("L")}` }) : null;
   }
 
@@ -140,15 +140,14 @@ export function ratioOf(holdout, baseline) {
   return isNumber(holdout) && isNumber(baseline) && baseline > 0 ? holdout / baseline : null;
 }
 
-/** Turn the columns of /metrics into a path: a point wherever loss and Φ are both known (carried forward). */
+/** Turn the columns of /metrics into a path: a point at each examination, with the newest Φ until then (or null). */
 export function trailOf(metrics) {
   const points = [];
-  let ratio = null;
   let phi = null;
   for (let index = 0; index < metrics.step.length; index += 1) {
-    ratio = ratioOf(metrics.holdout_loss[index], metrics.baseline_loss[index]) ?? ratio;
+    const ratio = ratioOf(metrics.holdout_loss[index], metrics.baseline_loss[index]);
     phi = isNumber(metrics.phi[index]) ? metrics.phi[index] : phi;
-    if (ratio !== null && phi !== null) points.push({ ratio, phi });
+    if (ratio !== null) points.push({ ratio, phi });
   }
-  return points.filter((point, index) => index === 0 || point.ratio !== points[index - 1].ratio || point.phi !== points[index - 1].phi);
+  return points;
 }

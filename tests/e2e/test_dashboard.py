@@ -17,13 +17,26 @@ from settings import ROOT
 pytestmark = [pytest.mark.browser, pytest.mark.model]
 IMAGES = ROOT / "docs" / "images"
 LARGEST_IMAGE = 300_000
-# Few enough to learn in seconds, varied enough to hold some out.
+# Enough held-out bytes that Phi can be measured (1,280 state pairs), few enough to learn in seconds.
 TOPICS = {
-    "delivery": ["parcel", "package", "letter", "shipment", "courier", "box"],
-    "payment": ["invoice", "card", "refund", "bill", "receipt", "charge"],
-    "account": ["password", "login", "profile", "username", "email", "settings"],
+    "delivery": ["parcel", "package", "letter", "shipment", "courier", "box", "order", "delivery", "crate"],
+    "payment": ["invoice", "card", "refund", "bill", "receipt", "charge", "fee", "transfer", "balance"],
+    "account": ["password", "login", "profile", "username", "email", "settings", "photo", "address", "phone"],
 }
-FORMS = ["where is my {}?", "help with the {}", "the {} is wrong", "I lost my {}", "question about a {}"]
+FORMS = [
+    "where is my {}?",
+    "I need help with the {}, please",
+    "the {} is wrong, can you look at it?",
+    "I lost my {} yesterday",
+    "a question about a {}",
+    "who can see my {}?",
+    "why did the {} change?",
+    "how do I cancel the {}?",
+    "is my {} safe with you?",
+    "nobody answers me about the {}",
+    "can I have a second {}?",
+    "what happened to the {} of my wife?",
+]
 PAIRS = [f"{form.format(word)} => {topic}" for topic, words in TOPICS.items() for word in words for form in FORMS]
 
 
@@ -116,8 +129,11 @@ def test_spawn_a_kernel_and_watch_it_learn(watched):
     watched.until(f"{steps} > {first + 20}", 90)
     watched.until(f"{summary}.includes('against')", 90)
     assert page.locator("#conditions > li").count() == 3
+    page.locator("#loss-scale").click()
+    page.locator("#loss-chart canvas").wait_for()
+    page.locator("#loss-scale").click()
     page.locator("#loss-chart + .chart-summary + details summary").click()
-    assert page.locator("#loss-table tbody tr").count() > 1
+    page.locator("#loss-table tbody tr").nth(1).wait_for()
 
     page.fill("#query-input", "where is my parcel?")
     page.fill("#query-candidates", "delivery\npayment\naccount")
@@ -183,23 +199,39 @@ def test_an_unknown_kernel_says_so(watched):
     watched.complaints[:] = [text for text in watched.complaints if "404" not in text]
 
 
+def _has_learned(server: Any) -> bool:
+    kernel = next(item for item in server.get("/olympus/kernels")["kernels"] if item["domain"] == "support")
+    measured = None not in (kernel["holdout_loss"], kernel["baseline_loss"])
+    return measured and kernel["holdout_loss"] < kernel["baseline_loss"] and kernel["step"] >= 200
+
+
 def test_screenshots(watched):
-    page = watched.open("/")
-    page.wait_for_selector("#kernel-table tbody th")
-    watched.until_live()
-    page.wait_for_timeout(1500)
-    _save(page, "overview")
-    page = watched.open(_kernel_path(watched.server))
-    page.locator("#loss-chart canvas").wait_for()
-    page.wait_for_timeout(1500)
-    _save(page, "kernel")
-    page = watched.open(_kernel_path(watched.server), scheme="dark")
-    page.locator("#loss-chart canvas").wait_for()
-    page.wait_for_timeout(1500)
-    _save(page, "kernel-dark")
     session = next(s for s in watched.server.get("/olympus/sessions")["sessions"] if "capital" in s["title"])
-    for name, width, height in (("chat", 1440, 900), ("chat-360", 360, 740)):
-        page = watched.open(f"/chat?session={session['id']}", width=width, height=height)
-        page.locator(".became").first.wait_for()
-        page.wait_for_timeout(800)
+    page = watched.open(f"/chat?session={session['id']}")
+    page.locator(".became").first.wait_for()
+    page.locator(".parameters summary").click()
+    page.fill("#temperature", "0")
+    page.fill("#max-tokens", "160")
+    page.locator(".parameters summary").click()
+    page.fill("#prompt", "Name three things to see there, as a list.")
+    page.keyboard.press("Enter")
+    page.locator(".became").nth(1).wait_for(timeout=90_000)
+    page.wait_for_timeout(500)
+    _save(page, "chat")
+    page = watched.open(f"/chat?session={session['id']}", width=360, height=740)
+    page.locator(".became").nth(1).wait_for()
+    page.wait_for_timeout(800)
+    _save(page, "chat-360")
+
+    watched.server.wait_until(lambda: _has_learned(watched.server), 240, "a kernel below its baseline")
+    for name, scheme in (("kernel", "light"), ("kernel-dark", "dark")):
+        page = watched.open(_kernel_path(watched.server), height=1220, scheme=scheme)
+        page.locator("#loss-chart canvas").wait_for()
+        page.wait_for_timeout(1500)
         _save(page, name)
+    page = watched.open("/", height=1100)
+    page.locator("#kernel-table tbody th").first.wait_for()
+    page.locator(".sky .trail").first.wait_for(state="attached")
+    watched.until_live()
+    page.wait_for_timeout(2500)
+    _save(page, "overview")

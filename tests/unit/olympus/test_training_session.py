@@ -50,13 +50,13 @@ def bench(make_world: Callable[..., World], tmp_path: Path) -> Bench:
 def test_a_resumed_kernel_repeats_the_next_losses_bit_by_bit(bench: Bench) -> None:
     write_facts(bench.world.history, 120)
     live = bench.open()
-    for _ in range(37):
+    for _ in range(23):
         live.advance()
     bench.save(live)
     expected = [live.advance().loss for _ in range(20)]
     resumed = bench.open()
     resumed.live.check_invariants()
-    assert resumed.step == 37
+    assert resumed.step == 23
     assert [resumed.advance().loss for _ in range(20)] == expected
     assert weights_checksum(resumed.live.kernel) == weights_checksum(live.live.kernel)
     assert weights_checksum(resumed.live.ema.shadow) == weights_checksum(live.live.ema.shadow)
@@ -78,13 +78,13 @@ def test_it_learns_and_the_best_weights_are_the_best(bench: Bench) -> None:
     write_facts(bench.world.history, 150)
     session = bench.open()
     losses = []
-    for _ in range(120):
+    for _ in range(70):
         session.advance()
         if session.just_evaluated:
             losses.append(session.progress.holdout_loss)
     assert losses[-1] is not None
     assert losses[0] is not None
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
     assert session.progress.best_loss == min(loss for loss in losses if loss is not None)
     snapshots = {snapshot.which: snapshot for snapshot in session.new_snapshots()}
     assert snapshots["best"].holdout_loss == session.progress.best_loss
@@ -143,7 +143,7 @@ def test_a_full_window_of_high_phi_converges_only_below_the_baseline(bench: Benc
 def test_the_waking_rules(bench: Bench) -> None:
     write_facts(bench.world.history, 100)
     session = bench.open()
-    for _ in range(30):
+    for _ in range(10):
         session.advance()
     session.remember_rest("settled", "because")
     bench.save(session)
@@ -163,7 +163,7 @@ def test_the_waking_rules(bench: Bench) -> None:
 def test_a_worse_held_out_loss_wakes(bench: Bench) -> None:
     write_facts(bench.world.history, 100)
     session = bench.open()
-    for _ in range(30):
+    for _ in range(10):
         session.advance()
     session.remember_rest("settled", "because")
     session.progress.rest["loss"] = (session.progress.best_loss or 0.0) / 1.2
@@ -174,7 +174,7 @@ def test_a_worse_held_out_loss_wakes(bench: Bench) -> None:
 def test_phi_stays_within_its_share_of_the_time(bench: Bench) -> None:
     write_facts(bench.world.history, 400)
     session = bench.open()
-    measured = sum(session.advance().phi is not None for _ in range(150))
+    measured = sum(session.advance().phi is not None for _ in range(40))
     assert measured >= 1
     assert session.live.phi_window.last is not None
     assert session.progress.phi_seconds < 0.2 * session.progress.train_seconds + 0.2

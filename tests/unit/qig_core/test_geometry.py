@@ -44,7 +44,8 @@ def test_distance_broadcasts_and_has_finite_gradients_at_equality():
     logits = torch.randn(8, requires_grad=True)
     p = torch.softmax(logits, -1)
     fisher_rao_distance(p, p.detach()).backward()
-    assert logits.grad is not None and logits.grad.isfinite().all()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
 
 
 def test_distance_rejects_different_sizes():

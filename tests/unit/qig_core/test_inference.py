@@ -38,8 +38,9 @@ def _pairs() -> list[tuple[str, str]]:
 
 def test_collate_pads_on_the_right():
     batch = collate([encode_pair(o, a, 64) for o, a in _pairs()])
-    assert batch.ids.shape == batch.loss_mask.shape == (3, 42)
-    assert bool((batch.ids[0, 17:] == PAD).all()) and not batch.loss_mask[0, 17:].any()
+    assert batch.ids.shape == batch.loss_mask.shape == (3, 41)
+    assert bool((batch.ids[0, 17:] == PAD).all())
+    assert not batch.loss_mask[0, 17:].any()
     with pytest.raises(InvalidInput):
         collate([])
 
@@ -86,7 +87,8 @@ def test_each_row_halts_by_itself_and_keeps_its_answer():
         kernel.halt.weight.copy_(direction)
         kernel.halt.bias.fill_(-float((first.pooled[:2] @ direction).mean()))
     answer = run_to_halt(kernel, ids)
-    assert answer.depth[0] == 1 and answer.depth[1] > 1
+    assert answer.depth[0] == 1
+    assert answer.depth[1] > 1
     assert torch.equal(answer.logits[0], first.logits[0])
     assert not torch.equal(answer.logits[1], first.logits[1])
 
@@ -109,12 +111,13 @@ def test_greedy_generation_follows_the_argmax_and_scores_itself(kernel: M8Kernel
     made = generate(kernel, prompt, max_tokens=5)
     ids, total = list(prompt), 0.0
     for symbol in made.ids:
-        scores = kernel(torch.tensor([ids])).logits[0, -1]
+        scores = kernel(torch.tensor([ids])).logits[0, -1].detach()
         scores[256:EOS] = -math.inf
         assert symbol == int(scores.argmax())
         total += float(torch.log_softmax(scores, -1)[symbol])
         ids.append(symbol)
-    assert len(made.ids) == 5 and not made.finished
+    assert len(made.ids) == 5
+    assert not made.finished
     assert made.mean_log_prob == pytest.approx(total / 5, abs=1e-4)
     assert made.confidence == pytest.approx(math.exp(made.mean_log_prob))
     assert (made.depth, made.halted_at) == (1.0, 1)

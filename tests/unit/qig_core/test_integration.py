@@ -67,8 +67,10 @@ def test_a_coupled_rotation_is_integrated(seed: int, most: float):
     report = measure_integration(*_simulate(0.9 * _rotation(K, seed), seed=seed))
     assert report.phi is not None
     assert 0.6 <= report.phi <= most
-    assert report.surrogate is not None and report.surrogate < 0.02
-    assert report.raw_nats is not None and report.mutual_information is not None
+    assert report.surrogate is not None
+    assert report.surrogate < 0.02
+    assert report.raw_nats is not None
+    assert report.mutual_information is not None
     assert report.raw_nats < report.mutual_information
 
 
@@ -182,7 +184,8 @@ def test_too_few_samples_is_none_with_a_reason():
     x = _randn(1279, K)
     report = measure_integration(x, x)
     assert report.phi is None
-    assert report.reason is not None and "1280" in report.reason
+    assert report.reason is not None
+    assert "1280" in report.reason
     assert measure_integration(_randn(1280, K), _randn(1280, K, seed=1)).phi is not None
 
 
@@ -235,7 +238,8 @@ def test_kernel_states_are_pairs_of_valid_positions(probe: tuple[M8Kernel, torch
     kernel, ids = probe
     x, y = kernel_states(kernel, ids)
     assert x.shape == y.shape == (int((ids != PAD).sum()), kernel.config.width)
-    assert not x.requires_grad and not y.requires_grad
+    assert not x.requires_grad
+    assert not y.requires_grad
     few, _ = kernel_states(kernel, ids, max_pairs=100)
     assert few.shape == (100, kernel.config.width)
 
@@ -244,8 +248,10 @@ def test_kernel_states_are_pairs_of_valid_positions(probe: tuple[M8Kernel, torch
 def test_phi_of_a_kernel_is_repeatable_and_in_range(probe: tuple[M8Kernel, torch.Tensor], read_out: str):
     first, second = (measure_integration(*kernel_states(*probe), read_out=read_out) for _ in range(2))
     assert first == second
-    assert first.phi is not None and 0 <= first.phi < 1
-    assert first.kappa is not None and 0 <= first.kappa <= 1
+    assert first.phi is not None
+    assert 0 <= first.phi < 1
+    assert first.kappa is not None
+    assert 0 <= first.kappa <= 1
 
 
 def test_phi_reads_only_the_state_path(probe: tuple[M8Kernel, torch.Tensor]):
@@ -268,4 +274,5 @@ def test_phi_has_no_gradient():
     report = measure_integration(x, x * 0.5)
     assert isinstance(report.phi, float)
     result = phi_g(torch.eye(2, requires_grad=True), 0.1 * torch.eye(2), torch.eye(2))
-    assert not result.values.requires_grad and not result.a.requires_grad
+    assert not result.values.requires_grad
+    assert not result.a.requires_grad

@@ -22,8 +22,7 @@ def _net(seed: int = 0) -> nn.Sequential:
 def _batches(count: int, seed: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn(16, 6, generator=generator), torch.randint(0, 3, (16,), generator=generator))
-        for _ in range(count)
+        (torch.randn(16, 6, generator=generator), torch.randint(0, 3, (16,), generator=generator)) for _ in range(count)
     ]
 
 

@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from workspace.engine import Engine
 from workspace.errors import EngineBusy, EngineStopped, InvalidPrompt, PromptTooLong
+from workspace.forward import Forward
 from workspace.generation import Finished, Generation, TokenChunk
 from workspace.models import LoadedModel
 from workspace.sampling import SamplingParams
@@ -83,6 +84,15 @@ def test_a_prompt_in_chunks_equals_generate(
     prompt = prompt_of(75)
     finished = make_engine(loaded, prefill_chunk=16).submit(prompt, greedy(32)).result(timeout=60)
     assert list(finished.token_ids) == reference(loaded, prompt, 32)
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "gpt_oss"])
+def test_sliding_layers_keep_their_window_only(architecture: str, tiny_models: dict[str, LoadedModel]) -> None:
+    forward = Forward(tiny_models[architecture])
+    cache = forward.new_cache()
+    with torch.inference_mode():
+        forward(prompt_of(40), cache, 0, {})
+    assert [layer.keys.shape[-2] for layer in cache.layers] == [7, 40]  # a window of 8 needs its last 7
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -326,6 +336,7 @@ def test_stop_does_not_wait_for_ever(tiny: LoadedModel, make_engine: MakeEngine)
     gate.permits.release()  # the step ends, and its token is dropped
     assert engine.stop(timeout=10)
     assert stuck.result().token_ids == ()
+    assert stuck.token_ids == []
     stuck.check_invariants()
 
 

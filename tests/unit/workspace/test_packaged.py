@@ -172,7 +172,12 @@ def test_what_a_killed_process_left_is_removed(installed: PackagedModel, tmp_pat
 
 
 def _prepare(packaged: PackagedModel, cache: Path, results: multiprocessing.Queue[str]) -> None:
-    results.put(str(ensure_packaged(packaged, cache, convert=copy_convert)))
+    def convert(gguf: Path, folder: Path) -> None:
+        with open(cache / "conversions", "a") as log:
+            log.write("one\n")
+        copy_convert(gguf, folder)
+
+    results.put(str(ensure_packaged(packaged, cache, convert=convert)))
 
 
 def test_two_processes_at_once_make_one_result(packaged: PackagedModel, tmp_path: Path) -> None:
@@ -186,6 +191,7 @@ def test_two_processes_at_once_make_one_result(packaged: PackagedModel, tmp_path
         process.join(30)
         assert process.exitcode == 0
     assert paths == {str(tmp_path / "models" / packaged.directory_name)}
+    assert (tmp_path / "conversions").read_text() == "one\n"  # the second waited and used what the first made
     verify_packaged(Path(paths.pop()), every_byte=True)
 
 
