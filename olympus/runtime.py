@@ -27,6 +27,7 @@ from settings import LOOPBACK_HOSTS, Settings, SettingsError
 from storage import files, migrate
 from storage.database import Database
 from storage.errors import StorageError
+from telemetry import logs
 from telemetry.hub import EventHub
 
 if TYPE_CHECKING:  # torch and transformers are imported by the loader thread, not at start-up
@@ -84,6 +85,7 @@ class Runtime:
         ``heartbeat`` is called while it waits for a predecessor to let go of the directory. Raises
         ``DataDirInUse``, ``SettingsError`` or ``StorageError``; nothing runs then.
         """
+        logs.configure(self.settings.telemetry)
         self._take_data_directory(heartbeat)
         try:
             backup = migrate.upgrade(self.database)

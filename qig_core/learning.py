@@ -76,7 +76,7 @@ class TrainingDefaults:
     ema_decay: float = 0.999
 
     def __post_init__(self) -> None:
-        """Raises InvalidConfig; the optimizer and the EMA check lr, betas, weight decay and decay again by themselves."""
+        """Raises InvalidConfig; betas are checked by the optimizer."""
         for name in ("lr", "weight_decay", "observation_weight", "halt_weight"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):

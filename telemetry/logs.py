@@ -43,6 +43,8 @@ def configure(settings: TelemetrySettings) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
+    for chatty in ("alembic", "httpx", "httpcore", "urllib3", "filelock"):
+        logging.getLogger(chatty).setLevel(max(level, logging.WARNING))
 
 
 def _rendering(settings: TelemetrySettings) -> list[Any]:

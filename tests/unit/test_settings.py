@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,19 @@ def test_every_setting_is_described_and_documented() -> None:
     assert (ROOT / "docs" / "settings.md").read_text() == settings_page(), (
         "docs/settings.md is out of date: python -m cli.main config --docs > docs/settings.md"
     )
+
+
+def test_settings_stand_on_the_lowest_floor() -> None:
+    """import-linter sees packages only; settings is a module."""
+    ours = {"app", "cli", "web", "olympus", "memory", "workspace", "qig_core", "storage", "telemetry"}
+    tree = ast.parse((ROOT / "settings.py").read_text())
+    imported = {
+        node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module
+    }
+    imported |= {
+        name.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names
+    }
+    assert not imported & (ours | {"torch"})
 
 
 def test_replit_is_recognised_by_its_id() -> None:

@@ -3,7 +3,6 @@
 import sqlalchemy as sa
 from alembic import op
 
-
 revision = "0001"
 down_revision = None
 branch_labels = None
@@ -152,6 +151,16 @@ def upgrade() -> None:
         batch_op.create_index(batch_op.f("ix_sessions_updated_at"), ["updated_at"], unique=False)
 
     op.create_table(
+        "checkpoint_blobs",
+        sa.Column("kernel_id", sa.String(length=64), nullable=False),
+        sa.Column("name", sa.String(length=64), nullable=False),
+        sa.Column("data", sa.LargeBinary(), nullable=False),
+        sa.Column("sha256", sa.String(length=64), nullable=False),
+        sa.Column("created_at", sa.Float(), nullable=False),
+        sa.ForeignKeyConstraint(["kernel_id"], ["kernels.id"], ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("kernel_id"),
+    )
+    op.create_table(
         "checkpoints",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("kernel_id", sa.String(length=64), nullable=False),
@@ -198,6 +207,7 @@ def downgrade() -> None:
         batch_op.drop_index(batch_op.f("ix_checkpoints_kernel_id"))
 
     op.drop_table("checkpoints")
+    op.drop_table("checkpoint_blobs")
     with op.batch_alter_table("sessions", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_sessions_updated_at"))
 

@@ -29,7 +29,7 @@ from telemetry.hub import EventHub
 from tests.support.tiny_model import save_tiny_model
 from workspace.engine import Engine
 from workspace.errors import InvalidSampling, PromptTooLong
-from workspace.generation import Finished, Timings, Usage
+from workspace.generation import Finished, FinishReason, Timings, Usage
 from workspace.models import load_model
 
 Make = Callable[..., ChatService]
@@ -146,13 +146,6 @@ def test_an_answer_that_is_cut_off_is_recorded_as_cancelled(make: Make, history:
     assert record.meta["completion_tokens"] < 1500
 
 
-def test_nothing_is_recorded_when_nothing_was_said(make: Make, history: History) -> None:
-    run = make().open(request(max_tokens=1500))
-    run.cancel()
-    run.close()
-    assert history.count() == 0
-
-
 def test_cancelling_ends_the_events(make: Make) -> None:
     run = make().open(request(max_tokens=1500))
     seen = 0
@@ -209,13 +202,16 @@ def test_a_key_that_is_being_answered_is_refused_until_then(make: Make) -> None:
 
 def test_a_retry_of_a_cut_off_answer_is_answered_anew(make: Make, history: History) -> None:
     service = make()
-    wanted = request(max_tokens=200, idempotency_key="k1")
+    wanted = request(max_tokens=600, idempotency_key="k1")
     run = service.open(wanted)
     assert next(run.events(5.0)) is not None
     run.close()
     _, whole = answer(service, wanted)
     assert not whole.replayed
-    assert [record.meta["finish_reason"] for record in history.page()] == ["length", "cancelled"]
+    newest, oldest = history.page()
+    assert oldest.meta["finish_reason"] == "cancelled"
+    assert newest.meta["finish_reason"] in ("stop", "length")
+    assert newest.action.startswith(oldest.action)
 
 
 def test_a_forgotten_answer_is_not_given_again(make: Make, history: History) -> None:
@@ -266,22 +262,36 @@ def test_while_there_is_no_model_nothing_is_opened(make: Make) -> None:
         make(provider).open(request())
 
 
-class _Broken:
-    """A generation that ends in an error, as one whose model step raised."""
+class _Wordless:
+    """A generation that ends for ``reason`` before its first token."""
+
+    def __init__(self, reason: FinishReason):
+        self.reason = reason
 
     def stream(self, timeout: float) -> Iterator[Finished]:
         yield self.result()
 
     def result(self, timeout: float | None = None) -> Finished:
         timings = Timings(0.0, None, 0.0)
-        return Finished("error", Usage(3, 0), "", (), timings, error="RuntimeError: secret detail")
+        return Finished(self.reason, Usage(3, 0), "", (), timings, error="RuntimeError: secret detail")
 
     def cancel(self) -> None:
         pass
 
 
+def test_nothing_is_recorded_when_nothing_was_said(make: Make, engine: Engine, history: History) -> None:
+    silent = SimpleNamespace(loaded=engine.loaded, submit=lambda messages, params: _Wordless("cancelled"))
+    run = make(lambda: silent).open(request())
+    (finished,) = run.events()
+    assert isinstance(finished, ChatFinished)
+    assert (finished.finish_reason, finished.experience_id) == ("cancelled", None)
+    run.close()
+    make(lambda: silent).open(request()).close()
+    assert history.count() == 0
+
+
 def test_a_failed_generation_is_an_error_without_details(make: Make, engine: Engine, history: History) -> None:
-    broken = SimpleNamespace(loaded=engine.loaded, submit=lambda messages, params: _Broken())
+    broken = SimpleNamespace(loaded=engine.loaded, submit=lambda messages, params: _Wordless("error"))
     run = make(lambda: broken).open(request())
     with pytest.raises(GenerationFailed) as caught:
         list(run.events())
