@@ -81,6 +81,14 @@ class DatabaseSettings(_Section):
     url: SecretStr | None = Field(None, description="SQLAlchemy URL; also read from DATABASE_URL.")
     busy_timeout_ms: int = Field(5000, ge=100, description="How long SQLite waits for another process's lock.")
 
+    @field_validator("url")
+    @classmethod
+    def _known_database(cls, value: SecretStr | None) -> SecretStr | None:
+        kinds = ("sqlite:///", "postgres://", "postgresql://", "postgresql+psycopg://")
+        if value is not None and not value.get_secret_value().startswith(kinds):
+            raise ValueError("give a URL that begins with sqlite:/// or postgresql://")
+        return value
+
 
 class ModelSettings(_Section):
     """The frozen language model."""

@@ -1,9 +1,10 @@
 """Our decode loop against ``model.generate``, on the same prompt, model and threads, alternated in one run.
 
-    python benchmarks/engine.py [--rounds 7] [--tokens 96] [--write]
+    python benchmarks/engine.py [--rounds 15] [--tokens 48] [--write]
 
 Each round runs both, in an order that changes from round to round, so that a machine that is busy with other work
-slows both alike; the ratio is the median of the rounds' ratios. It also prints the time to the first token, and how
+slows both alike; the ratio is the median of the rounds' ratios, with their quartiles. Processor seconds are compared
+as well: they leave out the time in which other processes ran. It also prints the time to the first token, and how
 long loading takes when the packaged model has to be fetched and converted and when it is in the cache. ``--write``
 puts the same text into benchmarks/results/engine.md.
 """
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,15 @@ from workspace.packaged import PACKAGED  # noqa: E402
 from workspace.sampling import SamplingParams  # noqa: E402
 
 QUESTION = "Write a long story about a lighthouse keeper who finds a letter in a bottle, and what it says."
+
+
+@dataclass
+class Measured:
+    """One side's rounds: wall and processor seconds for all tokens, wall seconds for the first one."""
+
+    wall: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -87,32 +98,45 @@ def compare(engine: Engine, rounds: int, tokens: int) -> list[str]:
     torch.set_num_threads(engine.threads)  # for A, which runs on this thread
     generate(loaded, prompt, 4)
     ours(engine, prompt, 4)
-    seconds: dict[str, list[float]] = {"A": [], "B": []}
-    first: dict[str, list[float]] = {"A": [], "B": []}
+    sides: dict[str, tuple[Callable[[int], list[int]], Measured]] = {
+        "A": (lambda count: generate(loaded, prompt, count), Measured()),
+        "B": (lambda count: list(ours(engine, prompt, count).token_ids), Measured()),
+    }
     for number in range(rounds):
+        produced = []
         for name in ("AB", "BA")[number % 2]:
-            if name == "A":
-                first["A"].append(timed(lambda: generate(loaded, prompt, 1))[0])
-                taken, theirs = timed(lambda: generate(loaded, prompt, tokens))
-            else:
-                first["B"].append(timed(lambda: ours(engine, prompt, 1))[0])
-                taken, finished = timed(lambda: ours(engine, prompt, tokens))
-            seconds[name].append(taken)
-        if list(finished.token_ids) != theirs:
+            work, measured = sides[name]
+            measured.first.append(timed(lambda work=work: work(1))[0])
+            before = time.process_time()
+            taken, answer = timed(lambda work=work: work(tokens))
+            measured.processor.append(time.process_time() - before)
+            measured.wall.append(taken)
+            produced.append(answer)
+        if produced[0] != produced[1]:
             raise SystemExit("the two loops gave different tokens, so their times cannot be compared")
-    ratios = [a / b for a, b in zip(seconds["A"], seconds["B"], strict=True)]
-    speed = {name: tokens / statistics.median(values) for name, values in seconds.items()}
+    a, b = sides["A"][1], sides["B"][1]
     return [
         f"prompt {len(prompt)} tokens, {tokens} new tokens, greedy, {rounds} rounds, {engine.threads} threads",
-        f"A  model.generate      {speed['A']:7.2f} tokens/s   first token {_ms(first['A'])}",
-        f"B  olympus engine      {speed['B']:7.2f} tokens/s   first token {_ms(first['B'])}",
-        f"B/A tokens/s, median of rounds {statistics.median(ratios):.3f} "
-        f"(rounds {', '.join(f'{ratio:.2f}' for ratio in ratios)}); tokens equal in every round",
+        f"A  model.generate   {_summary(a, tokens)}",
+        f"B  olympus engine   {_summary(b, tokens)}",
+        f"B/A tokens per second            {_ratios(a.wall, b.wall)}",
+        f"B/A tokens per processor second  {_ratios(a.processor, b.processor)}",
+        "tokens equal in every round",
     ]
 
 
-def _ms(values: list[float]) -> str:
-    return f"{1000 * statistics.median(values):.0f} ms"
+def _summary(side: Measured, tokens: int) -> str:
+    return (
+        f"{tokens / statistics.median(side.wall):6.2f} tokens/s   "
+        f"{tokens / statistics.median(side.processor):6.2f} tokens per processor second   "
+        f"first token {1000 * statistics.median(side.first):.0f} ms"
+    )
+
+
+def _ratios(a: list[float], b: list[float]) -> str:
+    """Median and quartiles of the rounds' ratios."""
+    low, middle, high = statistics.quantiles([x / y for x, y in zip(a, b, strict=True)], n=4)
+    return f"{middle:.3f} (quartiles {low:.3f} .. {high:.3f})"
 
 
 def first_load(name: str) -> str:
@@ -130,8 +154,8 @@ def first_load(name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=0, help="0 leaves one core to the rest, as the server does")
     parser.add_argument("--skip-first-load", action="store_true", help="do not fetch and convert once more")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/engine.md")

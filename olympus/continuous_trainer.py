@@ -296,7 +296,8 @@ class ContinuousKernelTrainer:
         now = time.monotonic()
         with self._lock:
             for kernel_id, purpose in list(self._queue.items()):
-                if self._closing or len(self._threads) - len(self._stalled) >= self.limit:
+                full = len(self._threads) - len(self._stalled) >= self.limit
+                if full or self._closing or self._services.stopping.is_set():
                     return
                 failures = self._failures.get(kernel_id, _Failures())
                 if failures.not_before <= now:

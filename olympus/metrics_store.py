@@ -110,12 +110,16 @@ class MetricsStore:
                     for owner, window in self._windows.items()
                     if owner == kernel_id or (kernel_id is None and now - window.opened >= self._width(owner))
                 ]
-                rows = [{"kernel_id": owner, **self._windows.pop(owner).values} for owner in ready]
+                now_utc, unmeasured = time.time(), dict.fromkeys(COLUMNS)
+                rows = [
+                    {"kernel_id": owner, "at": now_utc, **unmeasured, **self._windows.pop(owner).values}
+                    for owner in ready
+                ]
                 for owner in ready:
                     self._rows[owner] = self._rows.get(owner, 0) + 1
             if rows:
                 with self._database.write() as session:
-                    session.execute(sa.insert(KernelMetric), [_complete(row) for row in rows])
+                    session.execute(sa.insert(KernelMetric), rows)
             return rows
 
     def discard(self, kernel_id: str) -> None:
@@ -150,7 +154,3 @@ class MetricsStore:
 
     def _width(self, kernel_id: str) -> float:
         return WINDOW_SECONDS * max(1.0, self._rows.get(kernel_id, 0) / ROWS_AT_FULL_RATE)
-
-
-def _complete(row: dict[str, Any]) -> dict[str, Any]:
-    return {"at": time.time(), **dict.fromkeys(COLUMNS), **row}

@@ -1,9 +1,9 @@
 """One kernel's training from checkpoint to rest: the steps and the decisions, without threads.
 
-A step: draw a batch, deeply supervised loss, DiagonalFisher, EMA. Every ``evaluate_every`` steps the EMA (and every
-``RAW_EVERY``-th time the trained weights, for comparison) sits the examination; the EMA with the lowest held-out loss so far is ``best``, and that is what queries
-get unless they ask for ``latest``. When the held-out part changes, the best weights sit the new examination too, so
-that old and new are never compared on different questions.
+A step: draw a batch, deeply supervised loss, DiagonalFisher, EMA. Every ``evaluate_every`` steps the EMA sits the
+examination (and every ``RAW_EVERY``-th time the trained weights do, for comparison). The EMA with the lowest held-out
+loss so far is ``best``, and that is what queries get unless they ask for ``latest``. When the held-out part changes,
+the best weights sit the new examination too, so that old and new are never compared on different questions.
 
 The rules of rest and waking are in ``resting``. A kernel that wakes gets a fresh Phi window and fresh patience.
 

@@ -44,8 +44,6 @@ class Database:
     def _open(self, busy_timeout_ms: int) -> Engine:
         if not self.is_sqlite:
             return sa.create_engine(self.url, pool_size=8, max_overflow=56, pool_pre_ping=True)
-        if self.url.database and self.url.database != ":memory:":
-            Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
         engine = sa.create_engine(
             self.url,
             poolclass=QueuePool,
@@ -53,6 +51,11 @@ class Database:
             max_overflow=56,  # never a hard stop below the server's thread count
             connect_args={"timeout": busy_timeout_ms / 1000, "check_same_thread": False},
         )
+
+        @event.listens_for(engine, "do_connect")
+        def _make_folder(*_: Any) -> None:  # at the first connection, so that merely making a Database leaves no trace
+            if self.url.database and self.url.database != ":memory:":
+                Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
 
         @event.listens_for(engine, "connect")
         def _configure(connection: Any, _: Any) -> None:

