@@ -112,7 +112,7 @@ class ContinuousKernelTrainer:
         if self._supervisor is not None:
             self._supervisor.join(max(0.5, give_up - time.monotonic()))
         self._tick_threads()
-        self._flush_metrics()
+        self._services.flush_metrics()
         late = [thread.kernel_id for thread in threads if thread.is_alive()]
         if late:
             log.error("kernels did not stop in time; their last checkpoint counts", kernels=late)
@@ -209,7 +209,7 @@ class ContinuousKernelTrainer:
                 self._tick_threads()
                 self._examine_due()
                 self._start_due()
-                self._flush_metrics()
+                self._services.flush_metrics()
             except Exception:  # the supervisor must outlive a database that is briefly gone
                 log.exception("kernel supervision failed; trying again")
                 self._services.stopping.wait(1.0)
@@ -226,16 +226,17 @@ class ContinuousKernelTrainer:
     def _watch(self, thread: KernelTrainingThread) -> None:
         stalled, age = thread.kernel_id in self._stalled, thread.heartbeat_age()
         if not stalled and age > STALL_SECONDS:
-            self._stalled.add(thread.kernel_id)
+            with self._lock:
+                self._stalled.add(thread.kernel_id)
             log.error("kernel stalled", kernel=thread.kernel_id, seconds=round(age))
             self._services.rows.set_state(thread.kernel_id, "stalled", f"no sign of life for {age:.0f} s")
         elif stalled and age < STALL_SECONDS:
             with self._lock:
                 self._stalled.discard(thread.kernel_id)
                 crowded = len(self._threads) - len(self._stalled) > self.limit
+                if crowded and thread.stop_as is None:
+                    thread.request_stop("queued", "came back after a stall; its place was taken")
             self._services.rows.set_state(thread.kernel_id, thread.state, "came back after a stall")
-            if crowded and thread.stop_as is None:
-                thread.request_stop("queued", "came back after a stall; its place was taken")
 
     def _collect(self, thread: KernelTrainingThread) -> None:
         kernel_id = thread.kernel_id
@@ -316,8 +317,3 @@ class ContinuousKernelTrainer:
             log.exception("kernel thread could not start", kernel=kernel_id)
             self._threads.pop(kernel_id, None)
             self._services.rows.set_state(kernel_id, "failed", describe_error(error))
-
-    def _flush_metrics(self) -> None:
-        for row in self._services.metrics.flush():
-            kernel_id = row["kernel_id"]
-            self._services.hub.publish("kernel.metric", {**row, "state": "training"}, key=f"metric:{kernel_id}")

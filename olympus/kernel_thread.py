@@ -60,6 +60,11 @@ class KernelServices:
     serving_busy: Callable[[], bool]
     stopping: threading.Event
 
+    def flush_metrics(self, kernel_id: str | None = None) -> None:
+        """Write finished windows of measurements (or at once that of one kernel) and tell the dashboard."""
+        for row in self.metrics.flush(kernel_id):
+            self.hub.publish("kernel.metric", {**row, "state": "training"}, key=f"metric:{row['kernel_id']}")
+
 
 @dataclass(frozen=True, slots=True)
 class Ending:
@@ -237,7 +242,7 @@ class KernelTrainingThread(threading.Thread):
     # -- saving -----------------------------------------------------------------------------------------------
 
     def _finish(self, session: TrainingSession, ending: Ending) -> Ending:
-        self._services.metrics.flush(self.kernel_id)
+        self._services.flush_metrics(self.kernel_id)
         reason = ending.reason
         needs_saving = session.step > session.saved_step or (ending.state == "converged" and session.step > 0)
         session.remember_rest(ending.state, reason)
