@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 import structlog
 
@@ -38,13 +38,29 @@ def configure(settings: TelemetrySettings) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,  # a second configure() must reach loggers made before it
     )
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _StandardOutput()
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=_rendering(settings)))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
     for chatty in ("alembic", "httpx", "httpcore", "urllib3", "filelock"):
         logging.getLogger(chatty).setLevel(max(level, logging.WARNING))
+
+
+class _StandardOutput(logging.StreamHandler[TextIO]):
+    """Writes to whatever is standard output at that moment, as the standard library's last resort does for errors.
+
+    A handler that keeps the stream of the moment it was made writes into a closed file once somebody has redirected
+    the output for a while.
+    """
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        """Standard output as it is now."""
+        return sys.stdout
 
 
 def _rendering(settings: TelemetrySettings) -> list[Any]:

@@ -60,11 +60,6 @@ def test_a_streamed_answer_is_the_same_text(client: openai.OpenAI) -> None:
     assert chunks[-1].usage == whole.usage
 
 
-def test_default_sampling_names_paris_too(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(model=MODEL, messages=QUESTION, seed=7)  # type: ignore[arg-type]
-    assert "Paris" in (answer.choices[0].message.content or "")
-
-
 def test_a_seed_makes_sampling_repeatable(client: openai.OpenAI) -> None:
     def once(seed: int) -> str | None:
         story: list[dict[str, str]] = [{"role": "user", "content": "Invent a name for a ship and say why."}]
