@@ -132,7 +132,9 @@ class KernelSettings(_Section):
     max_concurrent: int | None = Field(None, ge=1, le=16, description="Training at once; default 3, on Replit 1.")
     max_kernels: int = Field(64, ge=1, description="Kernels that may exist; spawn is refused above it.")
     autostart: bool = Field(True, description="Resume unfinished training at boot.")
-    default_domain: str = Field("general", min_length=1, description="Domain of chats that name none.")
+    default_domain: str = Field(
+        "general", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="Domain of chats that name none."
+    )
     spawn_default: bool = Field(True, description="Spawn one kernel for the default domain on an empty install.")
     min_experiences: int = Field(8, ge=2, description="Training waits until the buffer holds this many.")
     batch_size: int = Field(16, ge=1, le=512, description="Experiences per step.")
