@@ -96,7 +96,7 @@ def _field_error(problem: Any, model: type[BaseModel]) -> FieldError:
     path = field_path(problem["loc"])
     code = _CODES.get(problem["type"], "invalid_value")
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known_fields(model), n=1, cutoff=0.6)
+        near = difflib.get_close_matches(str(problem["loc"][-1]), _siblings(model, problem["loc"]), n=1, cutoff=0.5)
         return FieldError(path, f"unknown field{f'; did you mean {near[0]}?' if near else ''}", code)
     return FieldError(path, problem["msg"].removeprefix("Value error, "), code)
 
@@ -112,10 +112,24 @@ def field_path(location: tuple[str | int, ...]) -> str:
     return path[:200].encode("utf-8", "replace").decode()
 
 
-def known_fields(model: type[BaseModel]) -> list[str]:
-    """All names that ``model`` and the models inside it know."""
-    names: dict[str, None] = {}
+def _siblings(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
+    """The fields that are known at the place of ``location``."""
     schema = model.model_json_schema()
-    for part in (schema, *schema.get("$defs", {}).values()):
-        names.update(dict.fromkeys(part.get("properties", {})))
-    return list(names)
+    known = schema.get("$defs", {})
+    places = [schema]
+    for part in location[:-1]:
+        key = "items" if isinstance(part, int) else "properties"
+        inside = [place[key] for place in places if key in place]
+        if isinstance(part, str):
+            inside = [fields[part] for fields in inside if part in fields]
+        places = [branch for place in inside for branch in _branches(place, known)]
+    return [name for place in places for name in place.get("properties", {})]
+
+
+def _branches(schema: dict[str, Any], known: dict[str, Any]) -> list[dict[str, Any]]:
+    """``schema`` itself, what it refers to, or the alternatives that it offers."""
+    if "$ref" in schema:
+        return [known[schema["$ref"].rsplit("/", 1)[-1]]]
+    if "anyOf" in schema:
+        return [branch for option in schema["anyOf"] for branch in _branches(option, known)]
+    return [schema]

@@ -85,7 +85,9 @@ def _kill_loop(tmp_path: Path, rounds: int) -> None:
             stored = _history(server)
             assert acknowledged.items() <= stored.items(), "an acknowledged exchange is gone"
             if not kernel:
-                kernel = server.json("POST", "/olympus/kernels/spawn", 201, json={"domain": "general"})["kernel"]["kernel_id"]
+                kernel = server.json("POST", "/olympus/kernels/spawn", 201, json={"domain": "general"})["kernel"][
+                    "kernel_id"
+                ]
             status = server.json("GET", f"/olympus/kernels/{kernel}/status")
             assert status["state"] in ("queued", "training", "waiting"), status
             assert status["step"] >= last_step, "training went back behind a published checkpoint"

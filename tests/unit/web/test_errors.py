@@ -64,7 +64,7 @@ def test_unexpected_errors_show_a_request_id_and_nothing_else(
 def test_each_path_has_its_dialect(client: FlaskClient, path: str, headers: dict[str, str], mimetype: str) -> None:
     response = client.get(path, headers=headers)
     assert (response.status_code, response.mimetype) == (404, mimetype)
-    assert f"there is nothing at {path}" in response.text
+    assert f"here is nothing at {path}" in response.text  # pages begin it with a capital
 
 
 def test_problem_json_has_all_members(client: FlaskClient) -> None:
