@@ -127,7 +127,6 @@ def test_learns_six_intents_and_its_control_does_not(shared_data: Path, intents:
     assert sum(right) / len(right) >= 0.6
     control = _train(_shuffled(train), held, steps=300, every=25)
     assert not any(gate.ok for gate in control.gates), [gate.reason for gate in control.gates]
-    print("\n", intents, [gate.ok for gate in run.gates], run.losses, sum(right) / len(right), control.losses)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from urllib.parse import quote
 
 from flask import Flask
 from flask.testing import FlaskClient
@@ -119,7 +120,7 @@ def test_any_query_of_a_kernel(client: FlaskClient, body: Any) -> None:
 def test_any_path_and_query(client: FlaskClient, path: str, query: dict[str, str]) -> None:
     clean = {name: text.encode("utf-8", "replace").decode() for name, text in query.items()}
     for address in ("/olympus/history", "/olympus/stream/" + path, "/kernels/" + path, "/v1/models/" + path):
-        response = client.get(address.encode("utf-8", "replace").decode(), query_string=clean, buffered=True)
+        response = client.get(quote(address, errors="replace"), query_string=clean, buffered=True)
         assert response.status_code < 500, address
 
 
