@@ -35,6 +35,7 @@ ENV_PREFIX = "OLYMPUS_"
 #: Environment names with the prefix that are not settings keys: used before the tree exists, or by the tests.
 RESERVED_ENV = frozenset({"OLYMPUS_CONFIG", "OLYMPUS_DATA_DIR", "OLYMPUS_CACHE_DIR"})
 RESERVED_ENV_PREFIXES = ("OLYMPUS_TEST_", "OLYMPUS_SHARED_")
+SHORTEST_API_KEY = 16
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
@@ -59,6 +60,15 @@ class ServerSettings(_Section):
     allowed_hosts: tuple[str, ...] = Field((), description="Extra Host header names that are accepted.")
     trusted_proxies: int = Field(0, ge=0, le=8, description="Proxies in front whose X-Forwarded-* is believed.")
     api_key: SecretStr | None = Field(None, description="A bootstrap administrator key, e.g. from a secret store.")
+
+    @field_validator("api_key")
+    @classmethod
+    def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value.get_secret_value()) < SHORTEST_API_KEY:
+            raise ValueError(
+                f"must have at least {SHORTEST_API_KEY} characters; it is an administrator's key, use a long random one"
+            )
+        return value
 
     @model_validator(mode="after")
     def _leave_threads_for_health(self) -> ServerSettings:

@@ -24,7 +24,7 @@ import sqlalchemy as sa
 import structlog
 from pydantic import SecretStr
 
-from settings import SettingsError
+from settings import SHORTEST_API_KEY, SettingsError
 from storage.database import Database
 from storage.models import ApiKey, AuditEvent
 
@@ -35,7 +35,6 @@ SCOPES = ("chat", "kernels:read", "kernels:write", "history:read", "history:writ
 KEY_PREFIX = "oly_"
 _KEY = re.compile(r"oly_([0-9a-f]{8})_([A-Za-z0-9_-]{43})")
 _USED_EVERY_SECONDS = 60.0  # last_used_at is for people: once a minute is enough
-_SHORTEST_BOOTSTRAP = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +166,9 @@ def _principal(row: ApiKey) -> Principal:
 
 
 def _bootstrap_principal(key: str) -> tuple[str, Principal]:
-    if len(key) < _SHORTEST_BOOTSTRAP:
+    if len(key) < SHORTEST_API_KEY:
         raise SettingsError(
-            f"server.api_key: must have at least {_SHORTEST_BOOTSTRAP} characters; it is an administrator's key, "
+            f"server.api_key: must have at least {SHORTEST_API_KEY} characters; it is an administrator's key, "
             "so use a long random one"
         )
     # The id changes with the key, so that sessions of a replaced key end.

@@ -43,6 +43,12 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "small": {"width": 192, "hidden": 512, "heads": 6, "outer_cycles": 3, "context": 512},
 }
 
+# A kernel is a small specialist; these also keep a spawn request from asking for more memory than a machine has.
+_AT_MOST = {
+    "width": 512, "hidden": 2048, "blocks": 4, "heads": 32, "outer_cycles": 16, "inner_cycles": 16,
+    "supervision_steps": 16, "memory_tokens": 128, "context": 4096, "basin_dim": 1024, "reach": 32,
+}  # fmt: skip
+
 _BRANCH_SCALE = 0.2  # fresh residual branches are small, so that a dozen shared applications start near the identity
 
 
@@ -68,6 +74,8 @@ class KernelConfig:
     def __post_init__(self) -> None:
         for name in ("width", "hidden", "blocks", "heads", "basin_dim", "reach", "supervision_steps"):
             self._need(name, getattr(self, name) >= 1, "at least 1")
+        for name, most in _AT_MOST.items():
+            self._need(name, getattr(self, name) <= most, f"at most {most}")
         self._need("width", self.width % self.heads == 0, f"a multiple of heads={self.heads}")
         self._need("width", (self.width // max(self.heads, 1)) % 2 == 0, "even per head, for rotary positions")
         self._need("outer_cycles", self.outer_cycles >= 2, "at least 2: Phi compares two consecutive outer states")

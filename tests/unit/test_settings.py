@@ -41,6 +41,7 @@ def test_port_data_dir_and_database_url_are_honoured(tmp_path: Path) -> None:
         ({"OLYMPUS_QQQ": "1"}, "qqq: unknown key; `python -m cli.main config` prints the known ones"),
         ({"OLYMPUS_SERVER__PORT": "ninety"}, "server.port: Input should be a valid integer"),
         ({"OLYMPUS_SERVER": "1", "OLYMPUS_SERVER__PORT": "2"}, "OLYMPUS_SERVER is a single value"),
+        ({"OLYMPUS_SERVER__API_KEY": "short"}, "server.api_key: must have at least 16 characters"),
         ({"OLYMPUS_SERVER__MAX_CHATS": "60"}, "must leave 8 of the 64 threads"),
     ],
 )
@@ -58,7 +59,7 @@ def test_every_problem_is_named_at_once() -> None:
 
 
 def test_secrets_are_masked_and_never_in_errors() -> None:
-    settings = load_settings(environ={"OLYMPUS_SERVER__API_KEY": "hunter2", "DATABASE_URL": "sqlite:///hunter2"})
+    settings = load_settings(environ={"OLYMPUS_SERVER__API_KEY": "hunter2" * 3, "DATABASE_URL": "sqlite:///hunter2"})
     assert "hunter2" not in str(settings.masked()) + repr(settings)
     with pytest.raises(SettingsError) as caught:
         load_settings(environ={"OLYMPUS_SERVER__API_KEY": "[hunter2]"})

@@ -144,6 +144,8 @@ def test_config_round_trip_and_overrides():
         ({"dropout": 1.0}, "in \\[0, 1\\)"),
         ({"heads": 0}, "at least 1"),
         ({"halt_bias": float("nan")}, "finite"),
+        ({"width": 1_000_000}, "width=1000000 must be at most 512"),
+        ({"blocks": 100_000}, "blocks=100000 must be at most 4"),
     ],
 )
 def test_impossible_configurations_are_errors(values: dict, message: str):
