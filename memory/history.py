@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from storage.database import Database
 from storage.models import Experience, Session
 
 EntryType = Literal["Observation", "Action", "Feedback"]
+_PAGE = 500
 Listener = Callable[[list["Record"]], None]
 
 
@@ -165,6 +166,36 @@ class History:
             row = session.get(Experience, experience_id)
             return None if row is None else _record(row)
 
+    def many(self, ids: Sequence[int]) -> list[Record]:
+        """The records of ``ids`` by increasing id, tombstones included; unknown ids are absent."""
+        found: list[Record] = []
+        for some in _pages(ids):
+            found += self._fetch(sa.select(Experience).where(Experience.id.in_(some)))
+        return sorted(found, key=lambda record: record.id)
+
+    def verdicts(self, ids: Sequence[int]) -> list[tuple[int, float | None, bool]]:
+        """``(id, score, deleted)`` of ``ids``, without their texts; unknown ids are absent.
+
+        Judgements and tombstones change rows below a reader's cursor: this is how it learns of them.
+        """
+        found: list[tuple[int, float | None, bool]] = []
+        for some in _pages(ids):
+            columns = (Experience.id, Experience.score, Experience.deleted_at)
+            with self._database.read() as session:
+                rows = session.execute(sa.select(*columns).where(Experience.id.in_(some)))
+                found += [(row.id, row.score, row.deleted_at is not None) for row in rows]
+        return found
+
+    def known_contents(self, domain: str, hashes: Sequence[str]) -> dict[str, int]:
+        """Content hash -> oldest id, for those of ``hashes`` that ``domain`` holds and that are not deleted."""
+        known: dict[str, int] = {}
+        for some in _pages(hashes):
+            query = sa.select(Experience.content_hash, Experience.id).where(Experience.content_hash.in_(some))
+            query = _filtered(query, domain, None, include_deleted=False).order_by(Experience.id.desc())
+            with self._database.read() as session:
+                known.update({row.content_hash: row.id for row in session.execute(query)})
+        return known
+
     def find_request(self, request_id: str) -> Record | None:
         """What was written for this request id, if anything was."""
         with self._database.read() as session:
@@ -238,6 +269,12 @@ class History:
             session.flush()
         else:
             row.updated_at = now
+
+
+def _pages(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Few enough values for one IN list."""
+    for begin in range(0, len(items), _PAGE):
+        yield items[begin : begin + _PAGE]
 
 
 def _filtered(query: Any, domain: str | None, session_id: str | None, include_deleted: bool) -> Any:

@@ -29,7 +29,7 @@ from olympus.errors import (
     StorageFull,
 )
 from olympus.experience_buffer import QUERY_SOURCE
-from olympus.experience_source import ExperienceSource, known_contents
+from olympus.experience_source import ExperienceSource
 from olympus.kernel_query import answer, choose_snapshot
 from olympus.kernel_rows import KernelRecord, KernelRows, State, Wanted
 from olympus.kernel_state import KernelState
@@ -86,7 +86,7 @@ class Zeus:
             metrics=self._metrics,
             snapshots=self.snapshots,
             hub=hub,
-            open_source=lambda domain: ExperienceSource(database, history, domain),
+            open_source=lambda domain: ExperienceSource(history, domain),
             serving_busy=serving_busy,
             stopping=stop_event,
         )
@@ -202,7 +202,7 @@ class Zeus:
         self._require_started()
         domain = self._write_domain(self.rows.get(kernel_id))
         hashes = [content_hash(item.observation, item.action) for item in items]
-        known = known_contents(self._database, domain, hashes)
+        known = self._history.known_contents(domain, hashes)
         fresh: dict[str, ExperienceIn] = {}
         for digest, item in zip(hashes, items, strict=True):
             if digest in known and item.score is not None:

@@ -163,6 +163,6 @@ def learning_gate(
     needed = max(2 * error, _GATE_SHARE * float(base.mean()))
     ok = mean > needed
     verdict = "below" if ok else "not clearly below"
-    gain = f"saves {mean:.3f}" if mean >= 0 else f"loses {-mean:.3f}"
-    reason = f"held-out loss {verdict} the baseline: {gain} nats per item, must save more than {needed:.3f}"
+    saving = f"saves {mean:.3f}" if mean >= 0 else f"loses {-mean:.3f}"
+    reason = f"held-out loss {verdict} the baseline: {saving} nats per item, must save more than {needed:.3f}"
     return GateResult(ok, mean / max(float(length.mean()), 1e-12), mean, error, needed, items, reason)

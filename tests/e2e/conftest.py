@@ -5,16 +5,9 @@ Without Chromium these tests are skipped, unless OLYMPUS_TEST_REQUIRE_ALL=1, whi
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +15,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.server import Server
+
 CHROMIUM = os.environ.get("OLYMPUS_TEST_CHROMIUM", "/usr/bin/chromium")
 FLAGS = (
     "--headless",
@@ -37,72 +31,35 @@ FLAGS = (
 READY_WITHIN = 240.0
 
 
-@dataclass
-class Server:
-    """A running server: its address and its log."""
-
-    url: str
-    process: subprocess.Popen[bytes]
-    log: Path
+class Dashboard(Server):
+    """The real server, with the short calls that the browser tests make beside the page."""
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=30) as response:
-            return json.load(response)
+        return self.json("GET", path)
 
     def post(self, path: str, body: Any) -> Any:
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json", "Origin": self.url}
-        )
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return json.load(response)
+        return self.json("POST", path, 201, json=body, headers={"Origin": self.url})
 
     def wait_until(self, ready: Callable[[], bool], seconds: float, what: str) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.process.poll() is not None:
-                pytest.fail(f"the server ended while waiting for {what}:\n{self.log.read_text()[-4000:]}")
+                pytest.fail(f"the server ended while waiting for {what}:\n{self.log}")
             if ready():
                 return
             time.sleep(0.25)
-        pytest.fail(f"{what} did not happen in {seconds:.0f} s:\n{self.log.read_text()[-4000:]}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url + "/readyz", timeout=5) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
+        pytest.fail(f"{what} did not happen in {seconds:.0f} s:\n{self.log}")
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(smollm2: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
     """`python app.py` on a free port; the packaged model comes from the cache shared by all tests."""
-    folder = tmp_path_factory.mktemp("olympus")
-    log = folder / "server.log"
-    port = _free_port()
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("OLYMPUS_")}
-    environ |= {"PORT": str(port), "OLYMPUS_DATA_DIR": str(folder / "data")}
-    environ["OLYMPUS_MODEL__CACHE_DIR"] = os.environ.get("OLYMPUS_CACHE_DIR", str(ROOT / ".cache"))
-    with log.open("wb") as output:
-        process = subprocess.Popen([sys.executable, "app.py"], cwd=ROOT, env=environ, stdout=output, stderr=output)
-    running = Server(f"http://127.0.0.1:{port}", process, log)
+    running = Dashboard(tmp_path_factory.mktemp("olympus"))
     try:
-        running.wait_until(lambda: _is_ready(running.url), READY_WITHIN, "readiness")
+        running.wait_ready(READY_WITHIN)
         yield running
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(40)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(10)
+        running.stop()
 
 
 @pytest.fixture(scope="session")
@@ -128,7 +85,7 @@ class Watched:
     """A page, and everything it did that it must not do."""
 
     page: Any
-    server: Server
+    server: Dashboard
     complaints: list[str] = field(default_factory=list)
 
     def open(self, path: str, width: int = 1440, height: int = 900, scheme: str = "light") -> Any:
@@ -157,7 +114,7 @@ class Watched:
 
 
 @pytest.fixture
-def watched(browser: Any, server: Server) -> Iterator[Watched]:
+def watched(browser: Any, server: Dashboard) -> Iterator[Watched]:
     """A fresh tab; when the test ends, it must have had no error, no CSP violation and no request elsewhere."""
     browser.clear_cookies()
     page = browser.new_page()

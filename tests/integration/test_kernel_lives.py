@@ -218,7 +218,7 @@ def open_session(folder: str | Path) -> tuple[Home, TrainingSession]:
         facts = [ExperienceIn(observation=f"{word} light {n}", action=word) for n, word in enumerate(words)]
         home.zeus.feed(rows[0].id, facts)
         home.zeus.shutdown(5)
-    source = ExperienceSource(home.database, home.history, "d")
+    source = ExperienceSource(home.history, "d")
     session, _ = TrainingSession.open(rows[0], home.settings.kernels, source, home.zeus.checkpoint_store)
     session.sync()
     return home, session

@@ -173,7 +173,7 @@ def test_invariants_hold_after_every_operation(operations: list[tuple[str, int, 
 
 
 def test_content_does_not_depend_on_how_the_history_was_cut(history: History, database: Database) -> None:
-    source = ExperienceSource(database, history, "d")
+    source = ExperienceSource(history, "d")
     live = ExperienceBuffer(64, 15, seed=9)
     for part in range(20):
         history.append([experience(f"text {part} {number}") for number in range(part + 1)])
@@ -185,7 +185,7 @@ def test_content_does_not_depend_on_how_the_history_was_cut(history: History, da
 
 
 def test_a_buffer_rebuilt_from_its_state_draws_the_same_batches(history: History, database: Database) -> None:
-    source = ExperienceSource(database, history, "d")
+    source = ExperienceSource(history, "d")
     live = ExperienceBuffer(64, 15, seed=9)
     history.append([experience(f"text {number}") for number in range(300)])
     source.sync(live)
@@ -200,7 +200,7 @@ def test_a_buffer_rebuilt_from_its_state_draws_the_same_batches(history: History
 
 
 def test_deleted_experiences_leave_every_part(history: History, database: Database) -> None:
-    source = ExperienceSource(database, history, "d")
+    source = ExperienceSource(history, "d")
     buffer = ExperienceBuffer(256, 30, seed=0)
     stored = history.append(
         [experience(f"text {number}", session_id="s" if number % 2 else "t") for number in range(100)]
@@ -216,7 +216,7 @@ def test_deleted_experiences_leave_every_part(history: History, database: Databa
 
 
 def test_late_judgements_are_noticed(history: History, database: Database) -> None:
-    source = ExperienceSource(database, history, "d")
+    source = ExperienceSource(history, "d")
     buffer = ExperienceBuffer(256, 5, seed=0)
     good, bad, own = history.append([experience("good"), experience("bad"), experience("own", source="query")])
     source.sync(buffer)
@@ -235,6 +235,6 @@ def test_late_judgements_are_noticed(history: History, database: Database) -> No
 def test_domains_are_kept_apart_and_the_star_sees_all(history: History, database: Database) -> None:
     history.append([experience("mine"), NewExperience("theirs", "x", domain="other", source="api")])
     mine, everything = ExperienceBuffer(64, 5, seed=0), ExperienceBuffer(64, 5, seed=0)
-    ExperienceSource(database, history, "d").sync(mine)
-    ExperienceSource(database, history, "*").sync(everything)
+    ExperienceSource(history, "d").sync(mine)
+    ExperienceSource(history, "*").sync(everything)
     assert (len(mine), len(everything)) == (1, 2)

@@ -30,7 +30,7 @@ class Bench:
         self.store = CheckpointStore(world.zeus.checkpoint_root, world.database, settings.retention, 100)
 
     def open(self, lr_scale: float = 1.0) -> TrainingSession:
-        source = ExperienceSource(self.world.database, self.world.history, "d")
+        source = ExperienceSource(self.world.history, "d")
         session, damaged = TrainingSession.open(self.kernel, self.settings, source, self.store, lr_scale=lr_scale)
         assert damaged == ()
         session.sync()
