@@ -67,7 +67,7 @@ class KernelLimitReached(OlympusError):
 
     status = 429
     code = "kernel_limit_reached"
-    retry_after = 60.0
+    retry_after: float | None = 60.0
 
 
 class CheckpointInvalid(OlympusError):
@@ -81,14 +81,14 @@ class NotReady(OlympusError):
 
     status = 503
     code = "not_ready"
-    retry_after = 2.0
+    retry_after: float | None = 2.0
 
 
 class ModelNotReady(NotReady):
     """The language model is loading, failed to load, or is switched off."""
 
     code = "model_not_ready"
-    retry_after = 5.0
+    retry_after: float | None = 5.0
 
 
 class StorageFull(OlympusError):

@@ -182,7 +182,10 @@ class Runtime:
                 "loading": f"the model {state.name} is still loading ({state.detail or 'starting'}); try again shortly",
                 "failed": f"the model {state.name} could not be loaded: {state.detail}",
             }
-            raise ModelNotReady(reasons.get(state.stage, "the model is not ready"))
+            error = ModelNotReady(reasons.get(state.stage, "the model is not ready"))
+            if state.stage != "loading":
+                error.retry_after = None  # waiting will not help
+            raise error
         return self._engine
 
     def _engine_is_busy(self) -> bool:
