@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
+# As in the kernels' own threads: sums are bit-equal only for equal numbers of threads. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 if TYPE_CHECKING:
     from workspace.models import LoadedModel
 

@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from tests.support import asynchronous
 from tests.support.server import Server, running
 from tests.support.tiny_model import save_tiny_model
 
@@ -96,15 +97,13 @@ def test_openais_client_understands_our_errors(client: openai.OpenAI) -> None:
 
 
 def test_the_async_client_works(server: Server) -> None:
-    import asyncio
-
     async def chat() -> str | None:
         plain = httpx.AsyncClient(trust_env=False)
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x", http_client=plain) as it:
             stream = await it.chat.completions.create(model="tiny-llama", messages=HELLO, max_tokens=5, stream=True)
             return [chunk.choices[0].finish_reason async for chunk in stream][-1]
 
-    assert asyncio.run(chat()) == "length"
+    assert asynchronous.run(chat) == "length"
 
 
 def _connect(server: Server, body: dict[str, Any]) -> socket.socket:

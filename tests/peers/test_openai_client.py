@@ -13,6 +13,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from tests.support import asynchronous
 from tests.support.server import Server, running
 
 pytestmark = pytest.mark.model
@@ -140,7 +141,7 @@ def test_several_async_requests_at_once_do_not_mix(server: Server) -> None:
             alone = [await ask(client, country) for country in countries]
             return alone, await asyncio.gather(*(ask(client, country) for country in countries))
 
-    alone, together = asyncio.run(both_ways())
+    alone, together = asynchronous.run(both_ways)
     assert together == alone
     assert len(set(alone)) == 4
 
