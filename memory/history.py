@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy import orm
 
 from storage.database import Database
-from storage.models import Experience, Session
+from storage.models import AuditEvent, Experience, Session
 
 EntryType = Literal["Observation", "Action", "Feedback"]
 _PAGE = 500
@@ -218,9 +218,16 @@ class History:
             return _record(row)
 
     def delete(
-        self, *, experience_id: int | None = None, session_id: str | None = None, domain: str | None = None
+        self,
+        *,
+        experience_id: int | None = None,
+        session_id: str | None = None,
+        domain: str | None = None,
+        actor: str = "local",
     ) -> int:
         """Tombstone what matches all the given filters and blank its text; returns how many.
+
+        ``actor`` is noted in the audit log, with the filters and the number, never with what was deleted.
 
         Raises ``HistoryError`` when no filter is given: forgetting everything must be asked for by domain.
         """
@@ -232,7 +239,12 @@ class History:
         statement = sa.update(Experience).where(*filters, Experience.deleted_at.is_(None))
         with self._database.write() as session:
             result = session.execute(statement.values(deleted_at=time.time(), **blank))
-            return int(getattr(result, "rowcount", 0))
+            count = int(getattr(result, "rowcount", 0))
+            if count:
+                named = {column.key: value for column, value in given.items() if value is not None}
+                detail = {**named, "count": count}
+                session.add(AuditEvent(actor=actor, action="history.delete", target="experiences", detail=detail))
+            return count
 
     def sessions(self, limit: int = 100) -> list[dict[str, Any]]:
         """The conversations, most recently used first, as plain dicts."""

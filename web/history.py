@@ -10,7 +10,7 @@ from flask.typing import ResponseReturnValue
 
 from memory.history import Record
 from web.auth import requires
-from web.context import runtime
+from web.context import principal, runtime
 from web.errors import ApiError
 from web.jsonio import parse_body, parse_query
 from web.schemas import FeedbackBody, ForgetQuery, HistoryQuery, SessionsQuery
@@ -37,14 +37,16 @@ def page() -> ResponseReturnValue:
 def forget() -> ResponseReturnValue:
     """Forget a whole session or domain."""
     query = parse_query(ForgetQuery)
-    return jsonify({"deleted": runtime().history.delete(session_id=query.session, domain=query.domain)})
+    return jsonify(
+        {"deleted": runtime().history.delete(session_id=query.session, domain=query.domain, actor=principal().id)}
+    )
 
 
 @blueprint.delete(f"/history/{_ID}")
 @requires("history:write")
 def forget_one(experience_id: int) -> ResponseReturnValue:
     """Forget one experience."""
-    if not runtime().history.delete(experience_id=experience_id):
+    if not runtime().history.delete(experience_id=experience_id, actor=principal().id):
         raise _unknown(experience_id)
     return jsonify({"deleted": 1})
 

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from memory.history import Entry, History, HistoryError, NewExperience, Record
 from storage import migrate
 from storage.database import Database
+from storage.models import AuditEvent
 
 
 @pytest.fixture
@@ -73,6 +75,16 @@ def test_delete_needs_a_filter_and_respects_it(history: History) -> None:
     assert history.delete(session_id="s") == 1
     assert history.delete(domain="other") == 1
     assert [record.observation for record in history.page()] == ["2"]
+
+
+def test_deleting_is_audited_without_the_text(history: History) -> None:
+    history.append([_new("secret", session_id="s")])
+    history.delete(session_id="s", actor="k1")
+    history.delete(session_id="s", actor="k2")  # nothing left: nothing to note
+    with history._database.read() as session:
+        (event,) = session.scalars(sa.select(AuditEvent))
+    assert (event.actor, event.action) == ("k1", "history.delete")
+    assert event.detail == {"session_id": "s", "count": 1}
 
 
 def test_pages_and_cursors_walk_everything_once(history: History) -> None:
