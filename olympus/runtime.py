@@ -92,9 +92,8 @@ class Runtime:
             if backup is not None:
                 log.info("database migrated", backup=backup.name, schema=migrate.head())
             self._refuse_open_door(listening)
-            for root in {self.settings.data_dir, self.settings.kernel_dir}:
-                for leftover in files.sweep_partials(root):
-                    log.info("removed what an interrupted write left", name=leftover.name)
+            for leftover in files.sweep_partials(self.settings.data_dir):  # Zeus sweeps his own folder
+                log.info("removed what an interrupted write left", name=leftover.name)
             self.cookie_secret = self._load_cookie_secret()
             self.history.subscribe(self._announce_history)
             self.zeus.start()

@@ -64,7 +64,6 @@ class Zeus:
         serving_busy: Callable[[], bool] = lambda: False,
     ):
         self._settings = settings.kernels
-        self._database = database
         self._history = history
         self._on_replit = is_replit()
         self.checkpoint_root = checkpoint_root(settings, on_replit=self._on_replit)

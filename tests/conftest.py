@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,8 @@ import pytest
 
 # As in the kernels' own threads: sums are bit-equal only for equal numbers of threads. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tests.support.server import free_port
 
 if TYPE_CHECKING:
     from workspace.models import LoadedModel
@@ -62,19 +63,7 @@ def smollm2(model_cache: Path) -> LoadedModel:
 
 
 @pytest.fixture(scope="session")
-def free_port() -> Callable[[], int]:
-    """``free_port()``: a TCP port on the loopback interface that nobody listened on a moment ago."""
-
-    def find() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
-
-    return find
-
-
-@pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]) -> Iterator[str]:
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A PostgreSQL server of our own on the loopback interface, as a SQLAlchemy URL."""
     binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
     found = binaries[-1] if binaries else (Path(shutil.which("postgres") or "") if shutil.which("postgres") else None)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -63,15 +63,12 @@ def server(smollm2: object, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
+def browser(skip_or_fail: Callable[[str], NoReturn]) -> Iterator[Any]:
     """One Chromium with an empty profile; every test gets its own context from `page`."""
-    required = os.environ.get("OLYMPUS_TEST_REQUIRE_ALL") == "1"
     if not Path(CHROMIUM).exists():
-        (pytest.fail if required else pytest.skip)(f"no Chromium at {CHROMIUM}; set OLYMPUS_TEST_CHROMIUM")
-    if required:
-        import playwright.sync_api as playwright_api
-    else:
-        playwright_api = pytest.importorskip("playwright.sync_api")
+        skip_or_fail(f"there is no Chromium at {CHROMIUM}; set OLYMPUS_TEST_CHROMIUM")
+    import playwright.sync_api as playwright_api
+
     with playwright_api.sync_playwright() as playwright, tempfile.TemporaryDirectory() as profile:
         context = playwright.chromium.launch_persistent_context(
             profile, executable_path=CHROMIUM, headless=True, args=list(FLAGS)

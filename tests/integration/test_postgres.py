@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from memory.history import History, NewExperience
 from storage import migrate
 from storage.database import Database
+from tests.support.server import free_port
 
 pytestmark = pytest.mark.postgres
 
@@ -67,10 +68,10 @@ def test_history_behaves_as_on_sqlite(database: Database) -> None:
     assert history.page() == []
 
 
-def test_an_unreachable_server_is_a_clear_error(free_port: object) -> None:
+def test_an_unreachable_server_is_a_clear_error() -> None:
     from storage.errors import DatabaseUnavailable
 
-    database = Database(f"postgresql+psycopg://olympus@127.0.0.1:{free_port()}/postgres")  # type: ignore[operator]
+    database = Database(f"postgresql+psycopg://olympus@127.0.0.1:{free_port()}/postgres")
     with pytest.raises(DatabaseUnavailable, match="cannot open the database"):
         migrate.current(database)
     database.close()
