@@ -31,6 +31,7 @@ from qig_core import gaussian
 from qig_core.errors import InvalidInput
 from qig_core.m8_kernel import M8Kernel
 from qig_core.partition_solver import Disconnected, solve
+from qig_core.read_out import projection
 from qig_core.vocabulary import PAD
 
 Parts = tuple[tuple[int, ...], tuple[int, ...]]
@@ -165,18 +166,6 @@ def _kappa(law: gaussian.Regression, found: Disconnected, best: int) -> float:
     return min(max(cross / total, 0.0), 1.0) if total > 1e-12 else 0.0
 
 
-@lru_cache(maxsize=16)
-def projection(width: int, units: int) -> Tensor:
-    """The fixed random orthogonal read-out [width, units], float64; the identity where the units are the state."""
-    if width == units:
-        return torch.eye(units, dtype=torch.float64)
-    if width < units:
-        raise InvalidInput(f"a state of width {width} has no {units} orthogonal read-outs")
-    generator = torch.Generator().manual_seed(8 * 64 + width)  # a constant of the statistic, never trained
-    basis: Tensor = torch.linalg.qr(torch.randn(width, units, dtype=torch.float64, generator=generator))[0]
-    return basis
-
-
 def _read(x: Tensor, y: Tensor, k: int, read_out: str) -> tuple[Tensor, Tensor]:
     """Units [N, k] of both states. ``blocks``: mean of k equal contiguous blocks, which together cover the state."""
     width = x.shape[-1]
@@ -274,17 +263,19 @@ def kernel_states(
     max_pairs: int = 4096,
     passes: int = 1,
     generator: torch.Generator | None = None,
+    noise: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """State pairs (x, y), each [N, D]: z_H after the last two outer cycles, at the valid positions of probe ids [B, T].
 
     ``passes``: which pass is observed (1: the first). At most ``max_pairs`` positions, drawn without replacement
-    (default: a fixed seed). The kernel's training mode is left as it is; use it in eval mode.
+    (default: a fixed seed). ``noise``: the recursion runs with its own noise, if it has any (default: without). The
+    kernel's training mode is left as it is; use it in eval mode.
     """
     carry = None
-    output = kernel(ids, state_loops=True)
+    output = kernel(ids, state_loops=True, noise=noise)
     for _ in range(passes - 1):
         carry = output.carry
-        output = kernel(ids, carry, state_loops=True)
+        output = kernel(ids, carry, state_loops=True, noise=noise)
     valid = ids != PAD
     x, y = output.loops[-2][valid], output.loops[-1][valid]  # [N, D]
     if len(x) > max_pairs:

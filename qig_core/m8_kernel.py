@@ -32,7 +32,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qig_core.basin_embedding import BasinEmbedding
+from qig_core.core import MIXINGS, IntegratingCore
 from qig_core.errors import InvalidConfig, InvalidInput
+from qig_core.ngrams import NgramEmbedding
 from qig_core.vocabulary import MIN_CONTEXT, PAD, SEP, VOCAB_SIZE
 
 Carry = tuple[Tensor, Tensor]
@@ -47,6 +49,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 _AT_MOST = {
     "width": 512, "hidden": 2048, "blocks": 4, "heads": 32, "outer_cycles": 16, "inner_cycles": 16,
     "supervision_steps": 16, "memory_tokens": 128, "context": 4096, "basin_dim": 1024, "reach": 32,
+    "ngram_buckets": 65_536,
 }  # fmt: skip
 
 _BRANCH_SCALE = 0.2  # fresh residual branches are small, so that a dozen shared applications start near the identity
@@ -70,6 +73,11 @@ class KernelConfig:
     reach: int = 5  # bytes back that the input sees at once: words from their letters, before any recursion
     halt_bias: float = -3.0  # "deep start": untrained kernels do not stop early
     dropout: float = 0.0  # on the injected input, one mask for all loops of a pass
+    ngram_buckets: int = 0  # rows of the hashed n-gram embedding added to the bytes'; 0: none
+    core: int = 0  # units that carry all that passes from one outer cycle to the next; 0: the whole width does
+    core_mixing: str = "hadamard"  # how the core's units act on each other between cycles; "identity": not at all
+    core_gate: float = 0.3  # how much a fresh core takes in per cycle, against 1 that it holds
+    noise: float = 0.0  # deviation of Gaussian noise on z_H after each cycle, where a generator is given
 
     def __post_init__(self) -> None:
         for name in ("width", "hidden", "blocks", "heads", "basin_dim", "reach", "supervision_steps"):
@@ -83,6 +91,11 @@ class KernelConfig:
         self._need("memory_tokens", self.memory_tokens >= 8, "at least 8; fewer make recursive training unstable")
         self._need("context", self.context >= MIN_CONTEXT, f"at least {MIN_CONTEXT}")
         self._need("dropout", 0.0 <= self.dropout < 1.0, "in [0, 1)")
+        self._need("ngram_buckets", self.ngram_buckets >= 0, "at least 0")
+        self._need("core", self.core in (0, 2, 4, 8), "0 (none), 2, 4 or 8")
+        self._need("core_mixing", self.core_mixing in MIXINGS, f"one of {', '.join(MIXINGS)}")
+        self._need("core_gate", 0.0 < self.core_gate < 1.0, "in (0, 1)")
+        self._need("noise", 0.0 <= self.noise <= 1.0, "in [0, 1]")
         self._need("halt_bias", math.isfinite(self.halt_bias), "a finite number")
 
     def _need(self, name: str, holds: bool, rule: str) -> None:
@@ -163,6 +176,12 @@ class Block(nn.Module):
         return _norm(z + self.down(F.silu(gate) * up))
 
 
+def _core(config: KernelConfig, generator: torch.Generator) -> IntegratingCore | None:
+    if config.core == 0:
+        return None
+    return IntegratingCore(config.core, config.width, config.core_mixing, config.core_gate, generator)
+
+
 def _linear(fan_in: int, fan_out: int, generator: torch.Generator, scale: float = 1.0) -> nn.Linear:
     """Bias-free linear layer, LeCun normal initialisation truncated at two deviations."""
     layer = nn.Linear(fan_in, fan_out, bias=False)
@@ -192,6 +211,8 @@ class M8Kernel(nn.Module):
         self.halt = nn.Linear(config.width, 1)
         nn.init.zeros_(self.halt.weight)
         nn.init.constant_(self.halt.bias, config.halt_bias)
+        self.ngrams = NgramEmbedding(config.ngram_buckets, config.width) if config.ngram_buckets else None
+        self.core = _core(config, generator)
         self.register_buffer("start_high", torch.randn(config.width, generator=generator))
         self.register_buffer("start_low", torch.randn(config.width, generator=generator))
         self.register_buffer("basin_map", _orthogonal(config.basin_dim, config.width, generator))
@@ -202,27 +223,34 @@ class M8Kernel(nn.Module):
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def forward(self, ids: Tensor, carry: Carry | None = None, state_loops: bool = False) -> KernelOutput:
+    def forward(
+        self,
+        ids: Tensor,
+        carry: Carry | None = None,
+        state_loops: bool = False,
+        noise: torch.Generator | None = None,
+    ) -> KernelOutput:
         """One pass of T outer cycles over ids [B, T], padded with PAD on the right.
 
         ``carry``: the previous pass's, for the same ids. ``state_loops``: also return z_H after each outer cycle.
+        ``noise``: draws the recursion's noise (on the kernel's device); without it the pass is deterministic.
         Raises InvalidInput for ids that do not fit the context or the carry.
         """
         self._check(ids, carry)
         x = self._input(ids)  # [B, M + T, D]
-        high, low = carry if carry is not None else (self.start_high.expand_as(x), self.start_low.expand_as(x))
+        high, low = carry if carry is not None else self._start(x)
         cos, sin = self.cos[: x.shape[1]], self.sin[: x.shape[1]]
         skip = self.config.memory_tokens
         loops: list[Tensor] = []
         with torch.no_grad():
             for _ in range(self.config.outer_cycles - 1):
-                high, low = self._cycle(high, low, x, cos, sin)
+                _, high, low = self._cycle(high, low, x, cos, sin, noise)
                 if state_loops:
                     loops.append(high[:, skip:])
-        high, low = self._cycle(high, low, x, cos, sin)
-        state = high[:, skip:]  # [B, T, D]
+        answer, high, low = self._cycle(high, low, x, cos, sin, noise)
+        state = answer[:, skip:]  # [B, T, D]
         if state_loops:
-            loops.append(state.detach())
+            loops.append(high[:, skip:].detach())
         pooled = state[torch.arange(len(ids), device=ids.device), read_position(ids)]  # [B, D]
         return KernelOutput(
             logits=self.head(state),
@@ -253,13 +281,42 @@ class M8Kernel(nn.Module):
         reach = self.config.reach
         padded = F.pad(bytes_, (0, 0, reach - 1, 0))  # a window looks back only
         windows = padded.unfold(1, reach, 1).transpose(2, 3).flatten(2)  # [B, T, reach * D]
-        x = torch.cat((memory, _norm(bytes_ + F.silu(self.window(windows)))), dim=1)  # [B, M + T, D]
+        local = bytes_ + F.silu(self.window(windows))
+        if self.ngrams is not None:
+            local = local + self.ngrams(ids)
+        x = torch.cat((memory, _norm(local)), dim=1)  # [B, M + T, D]
         return F.dropout(x, self.config.dropout, self.training)
 
-    def _cycle(self, high: Tensor, low: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Carry:
+    def _start(self, x: Tensor) -> Carry:
+        low = self.start_low.expand_as(x)
+        if self.core is None:
+            return self.start_high.expand_as(x), low
+        with torch.no_grad():
+            return self.core.start(x), low
+
+    def _cycle(
+        self, high: Tensor, low: Tensor, x: Tensor, cos: Tensor, sin: Tensor, noise: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One outer cycle: what is answered from, z_H and z_L. Without a core the answer is z_H itself."""
         for _ in range(self.config.inner_cycles):
             low = self._think(low + high + x, cos, sin)
-        return self._think(high + low, cos, sin), low
+        answer = self._think(high + low, cos, sin)
+        if self.core is not None:
+            high = self.core(high, answer)
+            low = self.start_low.expand_as(x)
+            answer = answer + high
+        else:
+            high = answer
+        if noise is not None and self.config.noise > 0:
+            high = high + self.config.noise * self._noise_like(high, noise)
+        return answer, high, low
+
+    def _noise_like(self, high: Tensor, generator: torch.Generator) -> Tensor:
+        """Gaussian noise of unit variance on z_H; where there is a core, on its units, for z_H is nothing else."""
+        if self.core is None:
+            return torch.randn(high.shape, generator=generator, device=high.device)
+        units = (*high.shape[:-1], self.core.units)
+        return self.core.lift(torch.randn(units, generator=generator, device=high.device))
 
     def _think(self, z: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         for block in self.blocks:

@@ -1,7 +1,8 @@
 """Regime of a kernel, the window of its last 100 integration values, and the specification's convergence test.
 
-Converged, by specification: Phi > 0.7 and std(Phi) < 0.05 over the last 100 measured steps. The learning gate adds a
-third, visible condition: held-out loss clearly below the context-free baseline. Thresholds of the regimes are the
+Converged, by specification: Phi > 0.7 and std(Phi) < 0.05 over the last 100 measured steps. The learning gate adds two
+visible conditions: held-out loss clearly below the context-free baseline, and no longer falling (an architecture that
+integrates does so long before it has finished learning). Thresholds of the regimes are the
 ones of the original kernels (0.45, 0.80), kept; what decides between them is ours (reference kernels.md, 5.4).
 
 Nothing here measures Phi; that is ``integration.py``. A value that could not be measured is never put in the window.
@@ -88,6 +89,33 @@ class PhiWindow:
 
 
 @dataclass(frozen=True, slots=True)
+class Condition:
+    """One condition of convergence: what was measured, what is asked, and a sentence. ``ok`` None: not yet known."""
+
+    name: str
+    ok: bool | None
+    value: float | None
+    threshold: float | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """The learning gate as measured on held-out experience. None: not examined yet.
+
+    ``loss_ok``: clearly below the context-free baseline, for the reason ``loss_reason``. ``unimproved`` of
+    ``plateau`` examinations in a row brought no better loss: a kernel whose loss still falls has not converged.
+    """
+
+    loss_ok: bool | None = None
+    loss: float | None = None
+    baseline: float | None = None
+    loss_reason: str = "not examined yet"
+    unimproved: int = 0
+    plateau: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Convergence:
     """Each condition of the specification with its number, and one sentence for people."""
 
@@ -97,35 +125,83 @@ class Convergence:
     phi_ok: bool
     stable_ok: bool
     loss_ok: bool | None
+    plateau_ok: bool
     steps_in_window: int
+    phi_threshold: float
+    std_threshold: float
+    gate: bool
     converged: bool
     reason: str
+    conditions: tuple[Condition, ...]
 
 
 def convergence(
     window: PhiWindow,
     phi_threshold: float = 0.7,
     std_threshold: float = 0.05,
-    loss_ok: bool | None = None,
+    learned: Learned | None = None,
     gate: bool = True,
 ) -> Convergence:
     """Judge a window. ``phi_ok``: both the newest value and the mean exceed the threshold. A window that is not full
-    has not converged. ``gate=False`` leaves the seed's two conditions alone; ``loss_ok`` None means not yet measured.
+    has not converged. ``gate=False`` leaves the seed's two conditions alone.
     """
+    learned = Learned() if learned is None else learned
     now, mean, std, count = window.last, window.mean(), window.std(), len(window)
     full = count == window.size
     phi_ok = now is not None and mean is not None and now > phi_threshold and mean > phi_threshold
     stable_ok = full and std is not None and std < std_threshold
-    converged = full and phi_ok and stable_ok and (bool(loss_ok) or not gate)
-    missing: list[str] = []
-    if not full:
-        missing.append(f"only {count} of {window.size} Phi values measured")
-    if not phi_ok:
-        shown = "not measured" if now is None or mean is None else f"{now:.3f} now, {mean:.3f} on average"
-        missing.append(f"Phi {shown}, needs more than {phi_threshold:g}")
-    if full and not stable_ok:
-        missing.append(f"std(Phi) {std:.3f}, needs less than {std_threshold:g}")
-    if gate and not loss_ok:
-        missing.append("held-out loss not " + ("yet measured" if loss_ok is None else "clearly below the baseline"))
-    reason = "; ".join(missing) if missing else "all conditions hold"
-    return Convergence(now, mean, std, phi_ok, stable_ok, loss_ok, count, converged, reason)
+    plateau_ok = learned.unimproved >= learned.plateau
+    conditions = [_window_full(window), _phi(now, mean, phi_ok, phi_threshold), _stable(std, full, std_threshold)]
+    if gate:
+        conditions += [_below_baseline(learned), _plateau(learned, plateau_ok)]
+    missing = [condition.reason for condition in conditions if not condition.ok]
+    return Convergence(
+        phi_now=now,
+        phi_mean=mean,
+        phi_std=std,
+        phi_ok=phi_ok,
+        stable_ok=stable_ok,
+        loss_ok=learned.loss_ok,
+        plateau_ok=plateau_ok,
+        steps_in_window=count,
+        phi_threshold=phi_threshold,
+        std_threshold=std_threshold,
+        gate=gate,
+        converged=not missing,
+        reason="; ".join(missing) if missing else "all conditions hold",
+        conditions=tuple(conditions),
+    )
+
+
+def _window_full(window: PhiWindow) -> Condition:
+    count, size = len(window), window.size
+    said = f"{count} Phi values measured" if count == size else f"only {count} of {size} Phi values measured"
+    return Condition("window", count == size, count, size, said)
+
+
+def _phi(now: float | None, mean: float | None, ok: bool, threshold: float) -> Condition:
+    if now is None or mean is None:
+        return Condition("phi", None, None, threshold, f"Phi not measured, needs more than {threshold:g}")
+    shown = f"Phi {now:.3f} now, {mean:.3f} on average, needs more than {threshold:g}"
+    return Condition("phi", ok, mean, threshold, shown)
+
+
+def _stable(std: float | None, full: bool, threshold: float) -> Condition:
+    if std is None or not full:
+        return Condition("stable", None, std, threshold, f"std(Phi) is judged on a full window, below {threshold:g}")
+    return Condition("stable", std < threshold, std, threshold, f"std(Phi) {std:.3f}, needs less than {threshold:g}")
+
+
+def _below_baseline(learned: Learned) -> Condition:
+    if learned.loss_ok is None:
+        reason = f"held-out loss not yet measured ({learned.loss_reason})"
+    elif learned.loss_ok:
+        reason = "held-out loss clearly below the baseline"
+    else:
+        reason = f"held-out loss not clearly below the baseline ({learned.loss_reason})"
+    return Condition("learned", learned.loss_ok, learned.loss, learned.baseline, reason)
+
+
+def _plateau(learned: Learned, ok: bool) -> Condition:
+    reason = f"no better held-out loss in {learned.unimproved} examinations, needs {learned.plateau}"
+    return Condition("plateau", ok, learned.unimproved, learned.plateau, reason)
