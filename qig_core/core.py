@@ -6,11 +6,11 @@ measurement. z_L starts afresh in every cycle. A cycle proposes h = f(z_H + z_L)
 
     c <- Q norm(c + k norm(W h))        z_H <- U c        c starts as norm(W x)
 
-Q is a fixed orthogonal matrix, as in unitary recurrent networks (Arjovsky, Shah, Bengio 2016, arXiv 1511.06464), here a
-Hadamard matrix: what a unit holds is spread evenly over all units before the next cycle reads it. The gate k in (0, 1)
-is learned. Q turns every core by more than a right angle and less is taken in than is held, so no proposal can undo the
-turn: the core never comes to rest at a point, where its parts would only copy themselves. W, k and the blocks are
-trained by the task's loss and by nothing else; the ablation with other designs is in docs/kernels.md.
+Q is a fixed orthogonal matrix, as in unitary recurrent networks (Arjovsky, Shah, Bengio 2016, arXiv 1511.06464): what a
+unit holds is spread evenly over the others before the next cycle reads it. Q^T = 1: over the T cycles of a pass each
+content returns to where it stood, so that all passes look alike to the shared blocks (with a Q of no such order the
+same kernel needed about twice the steps). The gate k in (0, 1) is learned. W, k and the blocks are trained by the
+task's loss and by nothing else; the ablation with other designs is in docs/kernels.md.
 
 What it does not do: measure anything; see ``integration.py`` for Phi.
 """
@@ -25,16 +25,16 @@ from torch.nn import functional as F
 
 from qig_core.read_out import projection
 
-MIXINGS = ("hadamard", "identity")
+MIXINGS = ("orthogonal", "identity")
 
 
 class IntegratingCore(nn.Module):
     """See the module docstring. ``mixing="identity"``: Q = 1, each unit remembers itself only (the control)."""
 
     basis: Tensor
-    mixer: Tensor
+    turn: Tensor
 
-    def __init__(self, units: int, width: int, mixing: str, gate: float, generator: torch.Generator):
+    def __init__(self, units: int, width: int, mixing: str, cycles: int, gate: float, generator: torch.Generator):
         super().__init__()
         self.units = units
         self.read = nn.Linear(width, units, bias=False)  # W
@@ -42,7 +42,7 @@ class IntegratingCore(nn.Module):
         self.gate = nn.Parameter(torch.tensor(math.log(gate / (1 - gate))))  # k = sigmoid(gate)
         # Rows of RMS 1 for a core of RMS 1, as all states of the network have.
         self.register_buffer("basis", (projection(width, units) * math.sqrt(width / units)).float())
-        self.register_buffer("mixer", hadamard(units) if mixing == "hadamard" else torch.eye(units))
+        self.register_buffer("turn", mixer(units, cycles) if mixing == "orthogonal" else torch.eye(units))
 
     def start(self, x: Tensor) -> Tensor:
         """Input [..., D] -> the first z_H [..., D]."""
@@ -52,7 +52,7 @@ class IntegratingCore(nn.Module):
         """z_H [..., D] that lies in the core, and the cycle's proposal h [..., D] -> the next z_H [..., D]."""
         taken = F.rms_norm(self.read(proposal), (self.units,))
         held = F.rms_norm(self.units_of(state) + torch.sigmoid(self.gate) * taken, (self.units,))
-        return self.lift(held @ self.mixer.T)
+        return self.lift(held @ self.turn.T)
 
     def units_of(self, state: Tensor) -> Tensor:
         """The core [..., units] of a state that lies in it."""
@@ -63,13 +63,19 @@ class IntegratingCore(nn.Module):
         return units @ self.basis.T
 
 
-def hadamard(units: int) -> Tensor:
-    """Minus a skew-Hadamard matrix, normalised, for ``units`` a power of two (Williamson's doubling, 1944).
+def mixer(units: int, cycles: int) -> Tensor:
+    """Q [units, units]: orthogonal, spreads a unit evenly over the others, and Q^cycles = 1. ``units``: a power of two.
 
-    Orthogonal, all entries of equal size, and Q + Q' = -(2 / sqrt(units)) 1: every vector is turned by the same angle,
-    110.7 degrees for eight units.
+    Two cycles: Sylvester's Hadamard matrix. More: cos(a) 1 + sin(a) J, where J is the skew matrix with J^2 = -1 and
+    equal entries off the diagonal (a skew-Hadamard matrix without its diagonal, Williamson 1944), and a is the
+    multiple of 360 / cycles degrees nearest to 90.
     """
-    matrix = torch.ones(1, 1)
+    one, matrix = torch.eye(units), torch.ones(1, 1)
+    if cycles == 2:
+        while len(matrix) < units:
+            matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+        return matrix / math.sqrt(units)
     while len(matrix) < units:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((-matrix.T, matrix.T), 1)))
-    return -matrix / math.sqrt(units)
+    angle = 2 * math.pi * max(1, math.floor(cycles / 4 + 0.5)) / cycles
+    return math.cos(angle) * one + math.sin(angle) * (matrix - one) / math.sqrt(units - 1)

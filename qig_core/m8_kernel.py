@@ -17,13 +17,14 @@ bit-equal, and right padding is invisible to what precedes it. The state is read
 is complete and the action not begun (at the last valid id where there is none): that is the state of the halt
 decision and of the basin, and it is the same at training time and at query time.
 
-What it does not do: train itself, sample, or keep a KV cache.
+What it does not do: train itself, sample, or remember keys and values (``incremental.py`` does).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,15 +35,17 @@ from torch.nn import functional as F
 from qig_core.basin_embedding import BasinEmbedding
 from qig_core.core import MIXINGS, IntegratingCore
 from qig_core.errors import InvalidConfig, InvalidInput
-from qig_core.ngrams import NgramEmbedding
+from qig_core.ngrams import LOOK_BACK, NgramEmbedding
 from qig_core.vocabulary import MIN_CONTEXT, PAD, SEP, VOCAB_SIZE
 
 Carry = tuple[Tensor, Tensor]
+#: Rotated queries and keys, and values, each [B, H, S, d] -> what was looked up, [B, H, S, d].
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _PRESETS: dict[str, dict[str, Any]] = {
-    "nano": {"width": 48, "hidden": 128, "heads": 2, "outer_cycles": 2, "context": 256},
-    "micro": {"width": 96, "hidden": 256, "heads": 3, "outer_cycles": 3, "context": 384},
-    "small": {"width": 192, "hidden": 512, "heads": 6, "outer_cycles": 3, "context": 512},
+    "nano": {"width": 48, "hidden": 128, "heads": 2, "outer_cycles": 2, "context": 256, "core": 8},
+    "micro": {"width": 96, "hidden": 256, "heads": 3, "outer_cycles": 3, "context": 384, "core": 8},
+    "small": {"width": 192, "hidden": 512, "heads": 6, "outer_cycles": 3, "context": 512, "core": 8},
 }
 
 # A kernel is a small specialist; these also keep a spawn request from asking for more memory than a machine has.
@@ -75,7 +78,7 @@ class KernelConfig:
     dropout: float = 0.0  # on the injected input, one mask for all loops of a pass
     ngram_buckets: int = 0  # rows of the hashed n-gram embedding added to the bytes'; 0: none
     core: int = 0  # units that carry all that passes from one outer cycle to the next; 0: the whole width does
-    core_mixing: str = "hadamard"  # how the core's units act on each other between cycles; "identity": not at all
+    core_mixing: str = "orthogonal"  # how the core's units act on each other between cycles; "identity": not at all
     core_gate: float = 0.3  # how much a fresh core takes in per cycle, against 1 that it holds
     noise: float = 0.0  # deviation of Gaussian noise on z_H after each cycle, where a generator is given
 
@@ -101,6 +104,11 @@ class KernelConfig:
     def _need(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
             raise InvalidConfig(f"kernel option {name}={getattr(self, name)} must be {rule}")
+
+    @property
+    def look_back(self) -> int:
+        """How many ids before a position its input depends on."""
+        return max(self.reach - 1, LOOK_BACK if self.ngram_buckets else 0)
 
     @classmethod
     def preset_names(cls) -> tuple[str, ...]:
@@ -150,9 +158,13 @@ def _norm(z: Tensor) -> Tensor:
 
 
 def _rotate(z: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021) on z [B, H, S, d]; cos and sin are [S, d/2]."""
+    """Rotary positions (Su et al. 2021) on z [..., B, H, S, d]; cos and sin broadcast against [B, H, S, d/2]."""
     first, second = z.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 class Block(nn.Module):
@@ -166,11 +178,15 @@ class Block(nn.Module):
         self.gate_up = _linear(config.width, 2 * config.hidden, generator)
         self.down = _linear(config.hidden, config.width, generator, _BRANCH_SCALE)
 
-    def forward(self, z: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """z [B, S, D] -> [B, S, D]."""
+    def forward(self, z: Tensor, cos: Tensor, sin: Tensor, attend: Attend = _causal) -> Tensor:
+        """z [B, S, D] -> [B, S, D]. ``attend``: what the positions look at; other than themselves, where some are kept.
+
+        Cosine and sine are [S, d/2], or [B, 1, S, d/2] where rows stand at different positions.
+        """
         batch, length, width = z.shape
-        q, k, v = self.qkv(z).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, S, d]
-        mixed = F.scaled_dot_product_attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, is_causal=True)
+        qkv = self.qkv(z).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # [3, B, H, S, d]
+        q, k = _rotate(qkv[:2], cos, sin)
+        mixed = attend(q, k, qkv[2])
         z = _norm(z + self.out(mixed.transpose(1, 2).reshape(batch, length, width)))
         gate, up = self.gate_up(z).chunk(2, dim=-1)
         return _norm(z + self.down(F.silu(gate) * up))
@@ -179,7 +195,9 @@ class Block(nn.Module):
 def _core(config: KernelConfig, generator: torch.Generator) -> IntegratingCore | None:
     if config.core == 0:
         return None
-    return IntegratingCore(config.core, config.width, config.core_mixing, config.core_gate, generator)
+    return IntegratingCore(
+        config.core, config.width, config.core_mixing, config.outer_cycles, config.core_gate, generator
+    )
 
 
 def _linear(fan_in: int, fan_out: int, generator: torch.Generator, scale: float = 1.0) -> nn.Linear:
@@ -277,15 +295,18 @@ class M8Kernel(nn.Module):
 
     def _input(self, ids: Tensor) -> Tensor:
         memory = _norm(self.memory).expand(ids.shape[0], -1, -1)
-        bytes_ = self.embedding(ids)  # [B, T, D]
+        x = torch.cat((memory, self._local(self.embedding(ids), ids)), dim=1)  # [B, M + T, D]
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def _local(self, bytes_: Tensor, ids: Tensor) -> Tensor:
+        """What a position sees before any recursion: its byte [B, T, D] and the ``look_back`` before it."""
         reach = self.config.reach
         padded = F.pad(bytes_, (0, 0, reach - 1, 0))  # a window looks back only
         windows = padded.unfold(1, reach, 1).transpose(2, 3).flatten(2)  # [B, T, reach * D]
         local = bytes_ + F.silu(self.window(windows))
         if self.ngrams is not None:
             local = local + self.ngrams(ids)
-        x = torch.cat((memory, _norm(local)), dim=1)  # [B, M + T, D]
-        return F.dropout(x, self.config.dropout, self.training)
+        return _norm(local)
 
     def _start(self, x: Tensor) -> Carry:
         low = self.start_low.expand_as(x)
@@ -295,12 +316,19 @@ class M8Kernel(nn.Module):
             return self.core.start(x), low
 
     def _cycle(
-        self, high: Tensor, low: Tensor, x: Tensor, cos: Tensor, sin: Tensor, noise: torch.Generator | None
+        self,
+        high: Tensor,
+        low: Tensor,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        noise: torch.Generator | None,
+        attend: Attend = _causal,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One outer cycle: what is answered from, z_H and z_L. Without a core the answer is z_H itself."""
         for _ in range(self.config.inner_cycles):
-            low = self._think(low + high + x, cos, sin)
-        answer = self._think(high + low, cos, sin)
+            low = self._think(low + high + x, cos, sin, attend)
+        answer = self._think(high + low, cos, sin, attend)
         if self.core is not None:
             high = self.core(high, answer)
             low = self.start_low.expand_as(x)
@@ -318,9 +346,9 @@ class M8Kernel(nn.Module):
         units = (*high.shape[:-1], self.core.units)
         return self.core.lift(torch.randn(units, generator=generator, device=high.device))
 
-    def _think(self, z: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _think(self, z: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         for block in self.blocks:
-            z = block(z, cos, sin)
+            z = block(z, cos, sin, attend)
         return z
 
 

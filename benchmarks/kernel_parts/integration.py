@@ -7,7 +7,7 @@ averaged weights (nats per action byte), then Phi of the weights at the end. The
     1  noise of the kernel's own          ``noise``         Phi is also shown with that noise instead of 20 dB
     2  a core of eight units              ``core-identity`` each unit remembers itself: a core without coupling
     3  the horizon                        Phi is taken over one outer cycle; ``pass 2`` is the same, one pass later
-    4  coupling by design                 ``core``          the core turned by a Hadamard matrix in every cycle
+    4  coupling by design                 ``core``          the core turned by an orthogonal matrix in every cycle
     5  an auxiliary loss                  ``aux``           minus 0.1 times the stochastic interaction of the units
 
 ``shuffled`` arms see labels in random order: they may integrate, they must not learn.
@@ -75,7 +75,7 @@ class Result:
 
 def run(options: Options) -> str:
     """All arms, seed by seed, so that a noisy hour hits them alike."""
-    steps = 60 if options.quick else 400
+    steps = 60 if options.quick else 300
     results: dict[str, list[Result]] = {arm.name: [] for arm in ARMS}
     for seed in options.seeds:
         for arm in ARMS:
