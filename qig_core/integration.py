@@ -30,7 +30,7 @@ from torch import Tensor
 from qig_core import gaussian
 from qig_core.errors import InvalidInput
 from qig_core.m8_kernel import M8Kernel
-from qig_core.partition_solver import Disconnected, solve
+from qig_core.partition_solver import MAX_ITERATIONS, TOLERANCE, Disconnected, solve
 from qig_core.read_out import projection
 from qig_core.vocabulary import PAD
 
@@ -40,6 +40,11 @@ MAX_UNITS = 10
 SAMPLES_PER_SQUARE = 20  # N >= 20 k^2: the bias of Phi on white noise is then below 0.005
 _DEAD = 1e-5  # a unit whose deviation is below this share of its magnitude is constant up to rounding
 _SURROGATES = 2
+# A measurement looks at every bipartition roughly, then exactly at those that may be the weakest: a sixth of the time.
+# After five iterations the weakest cut was within 4 % of the lowest value seen (kernels and rotations, 15 systems).
+_ROUGH_ITERATIONS = 5
+_ROUGH_MARGIN = 1.15
+_FINE_TOLERANCE = 1e-6  # nats that one more step would gain; finite samples leave 0.005 open
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,8 @@ def phi_g(
     parts: Sequence[Parts] | None = None,
     groups: Sequence[Sequence[int]] | None = None,
     start: Tensor | None = None,
+    tolerance: float = TOLERANCE,
+    max_iterations: int = MAX_ITERATIONS,
 ) -> PhiResult:
     """Phi_G of a stationary or non-stationary Gaussian pair (X, Y) from its covariances.
 
@@ -129,7 +136,7 @@ def phi_g(
     information = gaussian.mutual_information(law)  # also proves the covariances positive definite
     labels = _labels(partitions, groups).to(cov_x.device)
     free = labels.unsqueeze(-1) == labels.unsqueeze(-2)  # [P, d, d]
-    found = solve(law, free, start)
+    found = solve(law, free, start, tolerance, max_iterations)
     smaller = torch.minimum(labels.sum(-1), (~labels).sum(-1)).double()  # K of each partition
     best = int((found.value / smaller).argmin())
     return PhiResult(
@@ -225,7 +232,7 @@ def measure_integration(
         return IntegrationReport(None, reason, None, None, None, k, None, samples, snr_db, read_out)
     units_x, units_y = (_standardise(u) for u in _read(x.detach().double(), y.detach().double(), k, read_out))
     cov_x, cov_yx, cov_y = _covariances(units_x, units_y, snr_db)
-    result = phi_g(cov_x, cov_yx, cov_y)
+    result = _weakest_cut(cov_x, cov_yx, cov_y)
     surrogate = _surrogate(units_x, units_y, snr_db, result.partition, generator)
     law = gaussian.regress(cov_x, cov_yx, cov_y)
     return IntegrationReport(
@@ -244,6 +251,15 @@ def measure_integration(
         stochastic_interaction=gaussian.stochastic_interaction(law, result.partition),
         mutual_information=result.mutual_information,
     )
+
+
+def _weakest_cut(cov_x: Tensor, cov_yx: Tensor, cov_y: Tensor) -> PhiResult:
+    """``phi_g`` over all bipartitions, exact only for those that come near the weakest."""
+    rough = phi_g(cov_x, cov_yx, cov_y, max_iterations=_ROUGH_ITERATIONS)
+    per_coordinate = rough.values / torch.tensor([len(one) for one, _ in rough.partitions], device=rough.values.device)
+    near = torch.nonzero(per_coordinate <= _ROUGH_MARGIN * per_coordinate.min() + 1e-4).squeeze(-1)
+    parts = [rough.partitions[index] for index in near.tolist()]
+    return phi_g(cov_x, cov_yx, cov_y, parts=parts, start=rough.a[near], tolerance=_FINE_TOLERANCE)
 
 
 def _surrogate(x: Tensor, y: Tensor, snr_db: float, cut: Parts, generator: torch.Generator | None) -> float:

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from qig_core.gaussian import Regression, symmetric
 
-_TOLERANCE = 1e-11  # nats that one more Newton step would gain
+TOLERANCE = 1e-11  # nats that one more Newton step would gain
 _ROUNDING = 1e-12  # increase of f that is arithmetic, not failure
 _NUDGE = 0.05
-_MAX_ITERATIONS = 200
+MAX_ITERATIONS = 200
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,18 @@ class _Problem:
 
 
 @torch.no_grad()
-def solve(law: Regression, free: Tensor, start: Tensor | None = None) -> Disconnected:
-    """Minimise f for each mask ``free`` [P, d, d] (True: within a part). ``start`` [P, d, d]: an earlier solution."""
+def solve(
+    law: Regression,
+    free: Tensor,
+    start: Tensor | None = None,
+    tolerance: float = TOLERANCE,
+    max_iterations: int = MAX_ITERATIONS,
+) -> Disconnected:
+    """Minimise f for each mask ``free`` [P, d, d] (True: within a part). ``start`` [P, d, d]: an earlier solution.
+
+    ``tolerance``: a partition is done when one more step promises less than this many nats. Values that were stopped
+    by ``max_iterations`` are upper bounds.
+    """
     free = free.to(law.a.device)
     sizes = free.sum((1, 2))
     value = law.a.new_zeros(len(free))
@@ -116,13 +126,15 @@ def solve(law: Regression, free: Tensor, start: Tensor | None = None) -> Disconn
     iterations = 0
     for size in sorted(set(sizes.tolist())):
         index = torch.nonzero(sizes == size).squeeze(-1)
-        found = _solve_equal(law, free[index], None if start is None else start[index])
+        found = _solve_equal(law, free[index], None if start is None else start[index], tolerance, max_iterations)
         value[index], a[index], cov_e[index], converged[index] = found.value, found.a, found.cov_e, found.converged
         iterations = max(iterations, found.iterations)
     return Disconnected(value, a, cov_e, iterations, converged)
 
 
-def _solve_equal(law: Regression, free: Tensor, start: Tensor | None) -> Disconnected:
+def _solve_equal(
+    law: Regression, free: Tensor, start: Tensor | None, tolerance: float, max_iterations: int
+) -> Disconnected:
     """``solve`` for partitions with equally many free entries."""
     problem = _Problem(law, free)
     a = _start(problem, free, start)
@@ -130,7 +142,7 @@ def _solve_equal(law: Regression, free: Tensor, start: Tensor | None) -> Disconn
     damping = torch.zeros_like(value)
     active = torch.arange(problem.count, device=a.device)
     iteration = 0
-    while len(active) and iteration < _MAX_ITERATIONS:
+    while len(active) and iteration < max_iterations:
         iteration += 1
         part = problem if len(active) == problem.count else problem.take(active)
         here, now, mu = a[active], value[active], damping[active]
@@ -142,7 +154,7 @@ def _solve_equal(law: Regression, free: Tensor, start: Tensor | None) -> Disconn
         value[active] = torch.where(good, reached, part.value(chosen))
         damping[active] = torch.where(good, torch.where(mu > 0.005, mu / 2, 0.0), (2 * mu).clamp(0.05, 10.0))
         # A heavily damped step promises less than there is to gain; it may not declare the end.
-        active = active[~((good | (now - value[active] < _ROUNDING)) & (mu <= 0.1) & (gain < _TOLERANCE))]
+        active = active[~((good | (now - value[active] < _ROUNDING)) & (mu <= 0.1) & (gain < tolerance))]
     converged = torch.ones(problem.count, dtype=torch.bool, device=a.device)
     converged[active] = False
     return Disconnected(value.clamp_min(0.0), a, problem.residual(a)[1], iteration, converged)

@@ -11,6 +11,7 @@ from qig_core import gaussian
 from qig_core.errors import InvalidInput
 from qig_core.integration import bipartitions, kernel_states, measure_integration, normalise, phi_g
 from qig_core.m8_kernel import KernelConfig, M8Kernel
+from qig_core.read_out import projection
 from qig_core.vocabulary import PAD, encode_prompt
 
 K = 8
@@ -130,6 +131,20 @@ def test_two_units_have_a_closed_form():
     assert result.value_nats == pytest.approx(expected, abs=1e-9)
     assert result.kappa == pytest.approx(1.0)
     assert result.normalised == pytest.approx(normalise(expected, 1))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_measurement_finds_the_weakest_of_all_cuts(seed: int):
+    """The measurement looks closely at few bipartitions; the exhaustive search must not find a weaker one."""
+    kernel = M8Kernel(KernelConfig.preset("nano", core=8 if seed else 0), seed=seed).eval()
+    ids = torch.randint(0, 256, (15, 100), generator=torch.Generator().manual_seed(seed))
+    x, y = (z.double() @ projection(48, 8) for z in kernel_states(kernel, ids))
+    report = measure_integration(x, y)
+    x, y = (z / z.std(0, correction=0) for z in (x - x.mean(0), y - y.mean(0)))
+    noise = 0.01 * torch.eye(8, dtype=torch.float64)
+    every = phi_g(x.mT @ x / len(x) + noise, y.mT @ x / len(x), y.mT @ y / len(y) + noise)
+    assert report.raw_nats == pytest.approx(every.value_nats, rel=0.005)
+    assert report.partition == every.partition
 
 
 def test_bounded_by_the_mutual_information_and_zero_for_separate_parts():
