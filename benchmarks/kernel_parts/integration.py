@@ -8,7 +8,7 @@ averaged weights (nats per action byte), then Phi of the weights at the end. The
     2  a core of eight units              ``core-identity`` each unit remembers itself: a core without coupling
     3  the horizon                        Phi is taken over one outer cycle; ``pass 2`` is the same, one pass later
     4  coupling by design                 ``core``          the core turned by an orthogonal matrix in every cycle
-    5  an auxiliary loss                  ``aux``           minus 0.1 times the stochastic interaction of the units
+    5  an auxiliary loss                  ``aux``           minus 0.01 times the stochastic interaction of the units
 
 ``shuffled`` arms see labels in random order: they may integrate, they must not learn.
 """
@@ -36,7 +36,7 @@ from qig_core.vocabulary import PAD, EncodedPair, encode_pair
 
 INTENTS = 8
 HELD_OUT = 200
-AUXILIARY_WEIGHT = 0.1
+AUXILIARY_WEIGHT = 0.01
 
 
 @dataclass(frozen=True)
