@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,41 @@ from qig_core.errors import FisherNotReady, InvalidConfig, InvalidInput
 from qig_core.geometry import exponentiated_gradient_step
 
 FisherKind = Literal["empirical", "model"]
+
+
+@dataclass
+class _Move:
+    """One group's step: theta <- theta - lr * scales * momentum / root, one entry per tensor."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    momentum: list[Tensor]
+    root: list[Tensor]  # f^p + lambda^p b^p
+    fisher: list[Tensor]
+    corrections: list[float]  # b: fisher / b is unbiased
+    scales: list[float]
+
+    def _ratios(self) -> list[Tensor]:
+        return list(torch._foreach_div(self.momentum, self.root))
+
+    def clip(self) -> int:
+        """Scale tensors down to an RMS of ``trust``; how many it took."""
+        norms = torch.stack(torch._foreach_norm(self._ratios())).tolist()
+        clipped = 0
+        for index, (p, norm) in enumerate(zip(self.params, norms, strict=True)):
+            limit = self.group["trust"] * math.sqrt(p.numel())
+            if self.scales[index] * norm > limit:
+                self.scales[index] = limit / norm
+                clipped += 1
+        return clipped
+
+    def curvature(self) -> float:
+        """1/2 lr^2 d' f d in nats, of the direction as it is now."""
+        ratios = self._ratios()
+        weighted = torch._foreach_norm(torch._foreach_mul(torch._foreach_mul(ratios, ratios), self.fisher), 1)
+        factors = [s * s / b for s, b in zip(self.scales, self.corrections, strict=True)]
+        total = sum(w * k for w, k in zip(torch.stack(weighted).tolist(), factors, strict=True))
+        return float(0.5 * self.group["lr"] ** 2 * total)
 
 
 class DiagonalFisherOptimizer(torch.optim.Optimizer):
@@ -77,7 +113,8 @@ class DiagonalFisherOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             _check_group(group)
             group.update(fisher=fisher, fisher_updates=0, steps=0)
-        self.statistics: dict[str, float] = {}
+        self.grad_norm = 0.0  # of the last step, over all groups, before any clip
+        self._clip_rate, self._kl_estimate = 0.0, math.nan
 
     # -- the Fisher ---------------------------------------------------------------------------------------------
 
@@ -129,91 +166,98 @@ class DiagonalFisherOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        moves: list[tuple[dict[str, Any], list[Tensor], list[Tensor], list[Tensor]]] = []
-        gradient_square = 0.0
+        moves: list[_Move] = []
+        squares = 0.0
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             group["steps"] += 1
             if not params:
                 continue
-            gradient_square += float(sum(n * n for n in torch._foreach_norm([p.grad for p in params])))
+            grads = [_gradient(p) for p in params]
+            squares += _sum_of_squares(grads)
             if group["simplex"]:
-                for p in params:
-                    p.copy_(exponentiated_gradient_step(p, _gradient(p), group["lr"]))
+                for p, gradient in zip(params, grads, strict=True):
+                    p.copy_(exponentiated_gradient_step(p, gradient, group["lr"]))
                 continue
-            direction, fisher = self._direction(group, params)
-            moves.append((group, params, direction, fisher))
-        self._apply(moves, math.sqrt(gradient_square))
+            moves.append(self._move(group, params, grads))
+        self.grad_norm = math.sqrt(squares)
+        self._apply(moves)
         return loss
 
-    def _direction(self, group: dict[str, Any], params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Preconditioned directions, and the bias-corrected Fisher, one tensor per parameter."""
+    def _move(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> _Move:
+        """Fold the gradients into momentum and Fisher, and divide one by the other.
+
+        The bias corrections b = 1 - beta2^t and c = 1 - beta1^t stay out of the tensors, which saves two passes:
+        (m / c) / ((f / b)^p + lambda^p) = (b^p / c) m / (f^p + lambda^p b^p).
+        """
         beta1, beta2 = group["betas"]
+        exponent: float = group["exponent"]
         if self._fisher_kind == "model" and group["fisher_updates"] == 0:
             raise FisherNotReady("call update_fisher(closure, samples) before the first step, whenever fisher_due")
         for p in params:
             self._prepare(p)
-            self.state[p]["step"] += 1
-        grads = [_gradient(p) for p in params]
-        momentum = [self.state[p]["momentum"] for p in params]
-        fisher = [self.state[p]["fisher"] for p in params]
-        steps = [self.state[p]["step"] for p in params]
+        states = [self.state[p] for p in params]
+        for state in states:
+            state["step"] += 1
+        momentum = [state["momentum"] for state in states]
+        fisher = [state["fisher"] for state in states]
         torch._foreach_lerp_(momentum, grads, 1 - beta1)
         if self._fisher_kind == "empirical":
             torch._foreach_mul_(fisher, beta2)
             torch._foreach_addcmul_(fisher, grads, grads, 1 - beta2)
-            corrections = [1 - beta2**t for t in steps]
+            corrections = [1 - beta2 ** state["step"] for state in states]
         else:
             corrections = [1 - beta2 ** group["fisher_updates"]] * len(params)
-        corrected = torch._foreach_div(fisher, corrections)
-        return self._precondition(group, momentum, corrected, [1 - beta1**t for t in steps]), list(corrected)
-
-    @staticmethod
-    def _precondition(
-        group: dict[str, Any], momentum: list[Tensor], fisher: Iterable[Tensor], corrections: list[float]
-    ) -> list[Tensor]:
-        """m / (f^p + lambda^p)."""
-        exponent, damping, relative = group["exponent"], group["damping"], group["relative_damping"]
-        f = list(fisher)
-        root = list(torch._foreach_sqrt(f) if exponent == 0.5 else torch._foreach_pow(f, exponent))
+        root = list(torch._foreach_sqrt(fisher) if exponent == 0.5 else torch._foreach_pow(fisher, exponent))
+        damping, relative = group["damping"], group["relative_damping"]
         if relative > 0:
-            torch._foreach_add_(root, [(damping + relative * t.mean()) ** exponent for t in f])
+            level = [(damping * b + relative * f.mean()) ** exponent for f, b in zip(fisher, corrections, strict=True)]
+            torch._foreach_add_(root, level)
         else:
-            torch._foreach_add_(root, damping**exponent)
-        direction = list(torch._foreach_div(momentum, root))
-        torch._foreach_div_(direction, corrections)
-        return direction
+            torch._foreach_add_(root, [(damping * b) ** exponent for b in corrections])
+        scales = [b**exponent / (1 - beta1 ** s["step"]) for b, s in zip(corrections, states, strict=True)]
+        return _Move(group, params, momentum, root, fisher, corrections, scales)
 
-    def _apply(
-        self, moves: list[tuple[dict[str, Any], list[Tensor], list[Tensor], list[Tensor]]], gradient_norm: float
-    ) -> None:
-        clipped = tensors = elements = 0
-        fisher_sum = curvature = 0.0
-        for group, params, direction, fisher in moves:
-            sizes = [p.numel() for p in params]
-            norms = torch.stack(torch._foreach_norm(direction)).tolist()
-            limits = [group["trust"] * math.sqrt(n) for n in sizes]
-            scales = [min(1.0, limit / max(norm, 1e-30)) for limit, norm in zip(limits, norms, strict=True)]
-            torch._foreach_mul_(direction, scales)
-            clipped += sum(scale < 1.0 for scale in scales)
-            tensors += len(params)
-            elements += sum(sizes)
-            fisher_sum += float(sum(torch._foreach_norm(fisher, 1)))
+    def _apply(self, moves: list[_Move]) -> None:
+        """Clip, bound the divergence, and step."""
+        clipped = tensors = 0
+        curvature = 0.0
+        for move in moves:
+            tensors += len(move.params)
+            if math.isfinite(move.group["trust"]):
+                clipped += move.clip()
             if self._kl_limit is not None:
-                weighted = torch._foreach_mul(torch._foreach_mul(direction, direction), fisher)
-                curvature += 0.5 * group["lr"] ** 2 * float(sum(torch._foreach_norm(weighted, 1)))
+                curvature += move.curvature()
         shrink = 1.0
         if self._kl_limit is not None and curvature > self._kl_limit:
             shrink = math.sqrt(self._kl_limit / curvature)
-        for group, params, direction, _ in moves:
-            if group["weight_decay"] > 0:
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, direction, alpha=-group["lr"] * shrink)
-        self.statistics = {
-            "fisher_mean": fisher_sum / max(elements, 1),
-            "clip_rate": clipped / max(tensors, 1),
-            "grad_norm": gradient_norm,
-            "kl_estimate": curvature * shrink**2 if self._kl_limit is not None else math.nan,
+        for move in moves:
+            lr, decay = move.group["lr"], move.group["weight_decay"]
+            if decay > 0:
+                torch._foreach_mul_(move.params, 1 - lr * decay)
+            steps = [-lr * shrink * scale for scale in move.scales]
+            torch._foreach_addcdiv_(move.params, move.momentum, move.root, steps)
+        self._clip_rate = clipped / max(tensors, 1)
+        self._kl_estimate = curvature * shrink**2 if self._kl_limit is not None else math.nan
+
+    @property
+    def statistics(self) -> dict[str, float]:
+        """Of the last step: ``fisher_mean`` (bias-corrected; read from the state, so ask for it now and then, not every
+        step), ``clip_rate`` over tensors, ``grad_norm``, and ``kl_estimate`` in nats (nan without a limit)."""
+        total, elements = 0.0, 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state.get(p)
+                if state:
+                    updates = state["step"] if self._fisher_kind == "empirical" else group["fisher_updates"]
+                    # max: another thread may ask between the birth of a state and its first step.
+                    corrected = float(state["fisher"].sum()) / (1 - group["betas"][1] ** max(updates, 1))
+                    total, elements = total + corrected, elements + p.numel()
+        return {
+            "fisher_mean": total / max(elements, 1),
+            "clip_rate": self._clip_rate,
+            "grad_norm": self.grad_norm,
+            "kl_estimate": self._kl_estimate,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -240,6 +284,10 @@ def _gradient(p: Tensor) -> Tensor:
     if p.grad.is_sparse:
         raise InvalidInput("DiagonalFisherOptimizer needs dense gradients; use embeddings with sparse=False")
     return p.grad
+
+
+def _sum_of_squares(tensors: list[Tensor]) -> float:
+    return float(torch.stack(torch._foreach_norm(tensors)).square().sum())
 
 
 def _check(name: str, holds: bool, rule: str) -> None:

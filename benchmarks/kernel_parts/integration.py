@@ -117,7 +117,7 @@ def _row(arm: Arm, found: list[Result]) -> list[str]:
 
 def _live(arm: Arm, seed: int, steps: int, options: Options) -> Result:
     train, held = _pairs(arm, options)
-    kernel = M8Kernel(KernelConfig.preset("nano", ngram_buckets=0, **arm.config), seed=seed)
+    kernel = M8Kernel(KernelConfig.preset("nano", ngram_buckets=0, association=0, **arm.config), seed=seed)
     defaults = TrainingDefaults()
     optimizer, ema, drawer = defaults.optimizer(kernel), Ema(kernel, defaults.ema_decay), random.Random(seed)
     noise = torch.Generator().manual_seed(seed) if kernel.config.noise > 0 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -85,6 +86,69 @@ def test_model_fisher_is_the_true_diagonal_of_a_softmax():
     assert torch.allclose(weight, exact_weight, rtol=0.15, atol=0.01)
 
 
+def test_model_fisher_is_unbiased_by_enumeration():
+    """Through a hidden layer: the mean over *all* labellings of a batch equals diag J' (diag p - p p') J, exactly."""
+    net = _net().double()
+    params = list(net.parameters())
+    x = _batches(1)[0][0][:3].double()
+    p = torch.softmax(net(x), -1).detach()  # [3, 3]
+    expected = torch.zeros_like(_weights(net))
+    for n in range(3):
+        rows = [torch.autograd.grad(net(x)[n, c], params) for c in range(3)]
+        jacobian = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])  # [C, P]
+        covariance = torch.diag(p[n]) - torch.outer(p[n], p[n])
+        expected += torch.einsum("cp,cd,dp->p", jacobian, covariance, jacobian) / 3
+    mean = torch.zeros_like(expected)
+    for labels in itertools.product(range(3), repeat=3):
+        drawn = torch.tensor(labels)
+        optimizer = DiagonalFisherOptimizer(params, betas=(0.9, 0.0), fisher="model")
+        optimizer.update_fisher(lambda drawn=drawn: F.cross_entropy(net(x), drawn), samples=3)
+        probability = p[torch.arange(3), drawn].prod()
+        mean += probability * torch.cat([optimizer.state[q]["fisher"].flatten() for q in params])
+    assert torch.allclose(mean, expected, rtol=1e-9, atol=1e-15)
+    assert float(expected.max()) > 1e-3
+
+
+@pytest.mark.parametrize("exponent", [0.5, 0.75, 1.0])
+@pytest.mark.parametrize("trust", [math.inf, 0.6])
+@pytest.mark.parametrize("relative_damping", [0.0, 0.1])
+@pytest.mark.parametrize("kl_limit", [None, 1e-3])
+def test_equals_the_rule_as_it_is_written(exponent: float, trust: float, relative_damping: float, kl_limit):
+    """The module docstring, line by line in float64, against the implementation that saves passes."""
+    lr, beta1, beta2, damping, decay = 0.05, 0.8, 0.95, 1e-4, 0.1
+    net = _net().double()
+    params = list(net.parameters())
+    theta = [p.detach().clone() for p in params]
+    m, f = ([torch.zeros_like(p) for p in params] for _ in range(2))
+    optimizer = DiagonalFisherOptimizer(
+        params, lr, (beta1, beta2), "empirical", exponent, damping, relative_damping, trust, decay, kl_limit
+    )
+    for t, (x, y) in enumerate(_batches(6), start=1):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x.double()), y).backward()
+        directions, fishers, clipped = [], [], 0
+        for i, p in enumerate(params):
+            m[i] = beta1 * m[i] + (1 - beta1) * p.grad
+            f[i] = beta2 * f[i] + (1 - beta2) * p.grad**2
+            fisher = f[i] / (1 - beta2**t)
+            level = damping + relative_damping * float(fisher.mean())
+            d = m[i] / (1 - beta1**t) / (fisher**exponent + level**exponent)
+            rms = float(d.square().mean().sqrt())
+            clipped += rms > trust
+            directions.append(d * min(1.0, trust / rms))
+            fishers.append(fisher)
+        divergence = sum(0.5 * lr**2 * float((d * d * g).sum()) for d, g in zip(directions, fishers, strict=True))
+        shrink = 1.0 if kl_limit is None else min(1.0, math.sqrt(kl_limit / divergence))
+        theta = [p * (1 - lr * decay) - lr * shrink * d for p, d in zip(theta, directions, strict=True)]
+        optimizer.step()
+        assert all(torch.allclose(p, q, rtol=1e-10, atol=1e-12) for p, q in zip(params, theta, strict=True))
+        said = optimizer.statistics
+        assert said["clip_rate"] == clipped / len(params)
+        assert said["fisher_mean"] == pytest.approx(float(torch.cat([g.flatten() for g in fishers]).mean()))
+        if kl_limit is not None:
+            assert said["kl_estimate"] == pytest.approx(divergence * shrink**2)
+
+
 def test_empirical_fisher_is_the_corrected_average_of_squares():
     p = nn.Parameter(torch.zeros(3))
     optimizer = DiagonalFisherOptimizer([p], betas=(0.0, 0.5))
@@ -99,6 +163,13 @@ def test_empirical_fisher_is_the_corrected_average_of_squares():
     assert optimizer.statistics["grad_norm"] == pytest.approx(math.sqrt(9.25))
 
 
+def test_statistics_before_the_first_step():
+    optimizer = DiagonalFisherOptimizer(_net().parameters())
+    said = optimizer.statistics
+    assert said["fisher_mean"] == said["clip_rate"] == said["grad_norm"] == 0.0
+    assert math.isnan(said["kl_estimate"])
+
+
 def test_exponent_one_is_invariant_to_diagonal_reparametrisation():
     """theta = s * phi: a natural-gradient step moves the same function, whatever s is."""
     scale = torch.tensor([0.1, 1.0, 20.0])
@@ -110,6 +181,33 @@ def test_exponent_one_is_invariant_to_diagonal_reparametrisation():
         optimizer.step()
         steps.append(p.detach() * s)
     assert torch.allclose(steps[0], steps[1], atol=1e-5)
+
+
+def _path(scale: float, exponent: float, fisher: str) -> torch.Tensor:
+    """Thirty steps of softmax regression on the parameters theta / scale; returns theta."""
+    generator = torch.Generator().manual_seed(2)
+    scales = scale ** torch.linspace(-1, 1, 18, dtype=torch.float64).view(3, 6)
+    phi = nn.Parameter(torch.randn(3, 6, dtype=torch.float64, generator=generator) / scales)
+    optimizer = DiagonalFisherOptimizer(
+        [phi], lr=1e-3, betas=(0.9, 0.99), fisher=fisher, exponent=exponent, damping=0.0, trust=math.inf, fisher_every=3
+    )
+    for x, y in _batches(30):
+        logits = x.double() @ (scales * phi).T
+        if optimizer.fisher_due:
+            drawn = torch.multinomial(torch.softmax(logits.detach(), -1), 1, generator=generator).squeeze(-1)
+            optimizer.update_fisher(lambda z=logits, drawn=drawn: F.cross_entropy(z, drawn), len(x))
+            logits = x.double() @ (scales * phi).T
+        optimizer.zero_grad()
+        F.cross_entropy(logits, y).backward()
+        optimizer.step()
+    return (scales * phi).detach()
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "model"])
+def test_the_natural_path_does_not_depend_on_the_units_of_the_parameters(fisher: str):
+    """p = 1 follows the same path whatever the parameters are measured in; p = 1/2 does not."""
+    assert torch.allclose(_path(1.0, 1.0, fisher), _path(30.0, 1.0, fisher), rtol=1e-6, atol=1e-9)
+    assert (_path(1.0, 0.5, fisher) - _path(30.0, 0.5, fisher)).abs().max() > 1e-2
 
 
 def test_model_fisher_must_be_estimated_first_and_says_when_it_is_due():
