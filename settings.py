@@ -32,8 +32,9 @@ from pydantic import (
 
 ROOT = Path(__file__).resolve().parent
 ENV_PREFIX = "OLYMPUS_"
-#: Environment names with the prefix that are not settings keys: used before the tree exists, or by the tests.
-RESERVED_ENV = frozenset({"OLYMPUS_CONFIG", "OLYMPUS_DATA_DIR", "OLYMPUS_CACHE_DIR"})
+#: Environment names with the prefix that are not settings keys: used before the tree exists, by the command line
+#: (OLYMPUS_KEY), or by the tests.
+RESERVED_ENV = frozenset({"OLYMPUS_CONFIG", "OLYMPUS_DATA_DIR", "OLYMPUS_CACHE_DIR", "OLYMPUS_KEY"})
 RESERVED_ENV_PREFIXES = ("OLYMPUS_TEST_", "OLYMPUS_SHARED_")
 SHORTEST_API_KEY = 16
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
@@ -150,16 +151,34 @@ class KernelSettings(_Section):
     batch_size: int = Field(16, ge=1, le=512, description="Experiences per step.")
     buffer_capacity: int = Field(4096, ge=64, description="Experiences a kernel keeps in memory.")
     holdout_percent: int = Field(15, ge=5, le=50, description="Share kept for held-out measurement, by hash.")
+    priority_share: float = Field(0.0, ge=0, le=0.9, description="Share of a batch drawn by loss; 0: off.")
+    source_cap_percent: int = Field(100, ge=5, le=100, description="Of the buffer, for one source; 100: no cap.")
+    der_alpha: float = Field(0.0, ge=0, le=10, description="Weight of stored logits (DER++) on replay; 0: off.")
     evaluate_every: int = Field(25, ge=1, description="Steps between held-out measurements.")
+    evaluation_share: float = Field(
+        0.07, gt=0, le=1, description="Share of the training time that they may take: above it they come less often."
+    )
     phi_every: int = Field(5, ge=1, description="Steps between integration measurements, at the least.")
+    phi_share: float = Field(0.06, gt=0, le=1, description="The same for integration measurements.")
     checkpoint_every: int = Field(100, ge=1, description="Steps between checkpoints.")
     phi_threshold: float = Field(0.7, gt=0, lt=1, description="Converged needs mean Phi above this.")
     phi_std: float = Field(0.05, gt=0, lt=1, description="Converged needs std(Phi) below this.")
     learning_gate: bool = Field(True, description="Converged also needs held-out loss below the baseline.")
+    plateau_evaluations: int = Field(
+        10, ge=0, description="Converged also needs this many evaluations without improvement (part of the gate)."
+    )
     patience_evaluations: int = Field(40, ge=1, description="Evaluations without improvement until settled.")
     step_pause_ms: float = Field(0.0, ge=0, le=1000, description="Pause after each step, in milliseconds.")
-    serve_pause_ms: float = Field(50.0, ge=0, le=1000, description="Pause per step while a chat is generating.")
+    serve_pause_ms: float = Field(
+        50.0, ge=0, le=1000, description="Pause per step while a chat is generating, or questions are open."
+    )
+    max_queries: int = Field(16, ge=1, le=1024, description="Questions to kernels open at once; more get a 503.")
+    niceness: int = Field(5, ge=0, le=19, description="Niceness of training threads (Linux only).")
     max_restarts: int = Field(3, ge=0, description="Restarts of a failed trainer before it stays failed.")
+    auto_spawn: bool = Field(True, description="Zeus proposes kernels himself for badly served domains.")
+    coverage_seconds: float = Field(60.0, ge=0.05, description="Least time between two looks for such domains.")
+    coverage_cooldown_hours: float = Field(24.0, ge=0, description="No second such proposal for a domain before.")
+    import_max_bytes: int = Field(64 << 20, ge=1 << 10, description="Largest kernel file that can be imported.")
     checkpoint_dir: Path | None = Field(None, description="Default: kernels/ in the data directory.")
     retention: RetentionSettings = Field(default_factory=RetentionSettings)
 

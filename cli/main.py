@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 import yaml
 
+from cli.kernels import app as kernels_app
 from settings import Settings, SettingsError, load_settings, prepare_process_environment, setting_paths
 from storage import migrate
 from storage.database import Database
@@ -30,6 +31,7 @@ model_app = typer.Typer(no_args_is_help=True, help="The language model's files."
 app.add_typer(keys_app, name="keys")
 app.add_typer(database_app, name="db")
 app.add_typer(model_app, name="model")
+app.add_typer(kernels_app, name="kernels")
 
 ConfigOption = Annotated[
     str | None, typer.Option("--config", "-c", help="A YAML file, or the name of one in configs/.", show_default=False)

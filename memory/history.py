@@ -208,6 +208,13 @@ class History:
         with self._database.read() as session:
             return session.scalar(query) or 0
 
+    def domains(self) -> dict[str, tuple[int, int]]:
+        """Of every domain with records that are not deleted: how many, and the newest id."""
+        query = sa.select(Experience.domain, sa.func.count(Experience.id), sa.func.max(Experience.id))
+        query = query.where(Experience.deleted_at.is_(None)).group_by(Experience.domain)
+        with self._database.read() as session:
+            return {domain: (count, newest) for domain, count, newest in session.execute(query)}
+
     def give_feedback(self, experience_id: int, feedback: str | None, score: float | None) -> Record | None:
         """Attach what came back later to a record; None when there is no such record."""
         with self._database.write() as session:

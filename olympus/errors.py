@@ -4,7 +4,8 @@ OlympusError
  |-- KernelNotFound      404  no kernel has that id
  |-- CheckpointNotFound  404  the kernel has no such checkpoint
  |-- InvalidAction       409  the kernel's state does not allow that (resume of a training kernel)
- |    `-- DuplicateKernel 409  the name is taken
+ |    |-- DuplicateKernel 409  the name is taken
+ |    `-- VoteLost       409  the kernels voted against a new one; the vote travels with the answer
  |-- InvalidRequest      422  the request is well formed but cannot be carried out (unknown network option)
  |-- KernelLimitReached  429  as many kernels exist as the settings allow
  |-- CheckpointInvalid   500  a checkpoint's files do not match its manifest
@@ -18,6 +19,9 @@ travel in a message: they are logged where they happen.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class OlympusError(Exception):
     """Base of this package's errors; the message may be shown to a client."""
@@ -26,6 +30,8 @@ class OlympusError(Exception):
     code: str = "internal_error"
     #: Seconds after which a retry makes sense, or None.
     retry_after: float | None = None
+    #: Further members of the answer (RFC 9457, section 3.2), JSON types.
+    extensions: Mapping[str, Any] = {}
 
 
 class KernelNotFound(OlympusError):
@@ -53,6 +59,16 @@ class DuplicateKernel(InvalidAction):
     """A kernel with that name exists; choose another name, or pass ``force``."""
 
     code = "duplicate_kernel"
+
+
+class VoteLost(InvalidAction):
+    """The vote on a new kernel was lost; ``extensions`` has every ballot with its numbers."""
+
+    code = "vote_lost"
+
+    def __init__(self, message: str, extensions: Mapping[str, Any]):
+        super().__init__(message)
+        self.extensions = extensions
 
 
 class InvalidRequest(OlympusError):

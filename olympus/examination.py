@@ -11,34 +11,37 @@ Not here: when to examine and what follows from it (``training_session``).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from olympus.experience_buffer import Example, ExperienceBuffer
+from olympus.example import Example
+from olympus.experience_buffer import ExperienceBuffer
 from qig_core.baseline import ContextFreeBaseline, GateResult, learning_gate, uniform_nats
 from qig_core.geometry import frechet_mean
-from qig_core.inference import Batch, collate, evaluate_pairs, run_to_halt
+from qig_core.inference import Batch, by_length, collate, run_to_halt
 from qig_core.m8_kernel import M8Kernel
 from qig_core.vocabulary import EncodedPair
 
 MAX_ITEMS = 64
-#: Pairs of like length are evaluated together, so that little is padding.
-_BATCH = 16
+#: Pairs of like length are evaluated together, so that little is padding and the states stay in the processor's cache
+#: (CPU time of 64 questions: 0.54 s in batches of 8, 0.63 of 16, 0.93 of 32, 1.64 of 64).
+_BATCH = 8
 #: Positions of the probe batch for Phi; 20 k^2 = 1280 state pairs are needed for k = 8.
-_PROBE_LIMIT = 2048
-_BASIN_ITEMS = 16
+_PROBE_POSITIONS = 1408
 
 
 @dataclass(frozen=True, slots=True)
 class Exam:
-    """One kernel's result. ``loss`` in nats per byte; ``nats`` [N] per item."""
+    """One kernel's result. ``loss`` in nats per byte; ``nats`` [N] per item; ``basin`` [basin_dim], their mean."""
 
     loss: float
     nats: Tensor
+    basin: Tensor
 
 
 class Examiner:
@@ -89,8 +92,8 @@ class Examiner:
         """The kernel's held-out loss; None without questions."""
         if self._batch is None:
             return None
-        nats, _ = evaluate_pairs(kernel, self._batch.ids, self._batch.loss_mask, _BATCH)
-        return Exam(float(nats.sum() / self._symbols.sum()), nats.cpu())
+        nats, basins = _sit(kernel, self._batch)
+        return Exam(float(nats.sum() / self._symbols.sum()), nats, frechet_mean(basins))
 
     def gate(self, exam: Exam) -> GateResult:
         """Whether the kernel is clearly below the baseline."""
@@ -100,13 +103,6 @@ class Examiner:
     def probe(self) -> Tensor | None:
         """Ids [B, T] for Phi, the same until the held-out part changes; None without questions."""
         return self._probe
-
-    @torch.no_grad()
-    def basin(self, kernel: M8Kernel) -> Tensor | None:
-        """Fréchet mean [basin_dim] of the kernel's basins over some of the questions."""
-        if self._probe is None:
-            return None
-        return frechet_mean(run_to_halt(kernel, self._probe[:_BASIN_ITEMS]).basin)
 
     def _set_questions(self, holdout: list[Example]) -> None:
         chosen = sorted(holdout, key=lambda item: item.content_hash)[:MAX_ITEMS]
@@ -121,8 +117,43 @@ class Examiner:
         judged = [EncodedPair(pair.ids, [*pair.loss_mask[:-1], True], pair.action, pair.truncated) for pair in pairs]
         self._batch = collate(judged)
         self._symbols = self._batch.loss_mask.sum(dim=1)
-        ends = accumulate(len(pair.ids) for pair in mixed)
-        self._probe = collate([pair for pair, end in zip(mixed, ends, strict=True) if end < _PROBE_LIMIT]).ids
+        self._probe = collate(_middle(pairs, _PROBE_POSITIONS)).ids
 
     def _per_byte(self, nats: Tensor) -> float | None:
         return float(nats.sum() / self._symbols.sum()) if self.items else None
+
+
+@torch.no_grad()
+def _sit(kernel: M8Kernel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Nats [N] (float64, over the judged symbols) and basins [N, basin_dim], answered as it would be asked."""
+    nats = torch.zeros(len(batch.ids), dtype=torch.float64)
+    basins = torch.zeros(len(batch.ids), kernel.config.basin_dim)
+    was_training = kernel.training
+    kernel.eval()
+    try:
+        for index, length in by_length(batch.ids, math.ceil(len(batch.ids) / _BATCH)):
+            ids, judged = batch.ids[index, :length], batch.loss_mask[index, 1:length]
+            answer = run_to_halt(kernel, ids)
+            each = F.cross_entropy(answer.logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")  # [B, T - 1]
+            nats[index] = (each.double() * judged).sum(dim=1)
+            basins[index] = answer.basin
+    finally:
+        kernel.train(was_training)
+    return nats, basins
+
+
+def _middle(pairs: Sequence[EncodedPair], positions: int) -> list[EncodedPair]:
+    """Pairs, sorted by length, around the median until they have ``positions``: of like length, so little is padding.
+
+    (States of 1,485 positions in 21 such rows: 58 ms; of 2,042 in 22 rows as they came: 260 ms.)
+    """
+    low = high = len(pairs) // 2
+    held = 0
+    while held < positions and high - low < len(pairs):
+        if high < len(pairs):
+            held += len(pairs[high].ids)
+            high += 1
+        if held < positions and low > 0:
+            low -= 1
+            held += len(pairs[low].ids)
+    return list(pairs[low:high])

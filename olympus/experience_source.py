@@ -6,10 +6,11 @@ the buffer holds or watches are looked at again, without their texts.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from memory.history import History
+from memory.history import History, Record
 from olympus.experience_buffer import ExperienceBuffer
 from olympus.requests import ALL_DOMAINS
 
@@ -18,10 +19,15 @@ _PAGE = 500
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """What one synchronisation changed."""
+    """What one synchronisation changed. ``fresh``: ids of the examples that came in, in the order they came."""
 
-    added: int = 0
+    fresh: tuple[int, ...] = ()
     forgotten: int = 0
+
+    @property
+    def added(self) -> int:
+        """How many examples came in."""
+        return len(self.fresh)
 
 
 class ExperienceSource:
@@ -39,12 +45,12 @@ class ExperienceSource:
         """True when the history holds something for this kernel after ``cursor``."""
         return bool(self._history.since(cursor, domain=self.domain, limit=1))
 
-    def read_new(self, buffer: ExperienceBuffer) -> int:
-        """Add everything after the buffer's cursor; returns how many examples came in."""
-        added = 0
+    def read_new(self, buffer: ExperienceBuffer) -> list[int]:
+        """Add everything after the buffer's cursor; returns the ids of the examples that came in."""
+        added: list[int] = []
         while True:
             records = self._history.since(buffer.cursor, domain=self.domain, limit=_PAGE)
-            added += sum(buffer.add(record) in ("training", "holdout") for record in records)
+            added += _taken_in(buffer, records)
             if len(records) < _PAGE:
                 return added
 
@@ -65,9 +71,13 @@ class ExperienceSource:
             elif score is not None and score >= 0:
                 reconsider.append(example_id)
         forgotten = buffer.forget([*gone, *(held - seen)])
-        added += sum(buffer.add(record) in ("training", "holdout") for record in self._history.many(reconsider))
-        return SyncReport(added, forgotten)
+        added += _taken_in(buffer, self._history.many(reconsider))
+        return SyncReport(tuple(added), forgotten)
 
     def restore(self, buffer: ExperienceBuffer, state: dict[str, Any]) -> None:
         """Fill ``buffer`` from a checkpoint's state."""
         buffer.load_state_dict(state, self._history.many(ExperienceBuffer.ids_in(state)))
+
+
+def _taken_in(buffer: ExperienceBuffer, records: Iterable[Record]) -> list[int]:
+    return [record.id for record in records if buffer.add(record) in ("training", "holdout")]

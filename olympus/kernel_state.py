@@ -91,10 +91,14 @@ class Progress:
     integration: dict[str, Any] = field(default_factory=dict)
     basin: list[float] = field(default_factory=list)
     next_phi: int = 0
+    next_evaluation: int = 0
     lr_scale: float = 1.0
     train_seconds: float = 0.0
     phi_seconds: float = 0.0
     evaluation_seconds: float = 0.0
+    prequential_seconds: float = 0.0
+    plasticity_seconds: float = 0.0
+    plasticity: dict[str, Any] = field(default_factory=dict)
     rest: dict[str, Any] = field(default_factory=dict)
     restored_from: str | None = None
 
@@ -113,6 +117,12 @@ class KernelState:
         self.progress = Progress()
         #: EMA weights with the lowest held-out loss so far.
         self.best: dict[str, Tensor] | None = None
+
+    def noise_of(self, step: int) -> torch.Generator | None:
+        """Draws the recursion's noise of one step, the same whenever the step is taken; None where there is none."""
+        if self.plan.network.noise == 0:
+            return None
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
 
     def remember_best(self) -> None:
         """Keep a copy of the EMA weights as the best ones."""

@@ -2,7 +2,7 @@
 
 It opens a session from the newest valid checkpoint, trains step by step, saves, and ends in one of the states below.
 Between two steps it looks at everything that may interrupt it: a stop request, the server's stop, lack of disk space,
-a request for a checkpoint, new experience, a chat that wants the processor. Every wait is on the stop event.
+a request for a checkpoint, new experience, a chat or a question that wants the processor. Every wait can be ended.
 
     ends as   paused, stopped      somebody asked
               queued               the server stops; training goes on at the next start
@@ -21,7 +21,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import structlog
@@ -32,6 +32,7 @@ from olympus.checkpoints import CheckpointStore
 from olympus.experience_source import ExperienceSource
 from olympus.kernel_rows import KernelRecord, KernelRows, State
 from olympus.metrics_store import MetricsStore
+from olympus.query_gate import QueryGate, be_nice
 from olympus.snapshot import SnapshotShelf
 from olympus.training_session import TrainingDiverged, TrainingSession
 from settings import KernelSettings
@@ -58,6 +59,7 @@ class KernelServices:
     hub: EventHub
     open_source: Callable[[str], ExperienceSource]
     serving_busy: Callable[[], bool]
+    gate: QueryGate
     stopping: threading.Event
 
     def flush_metrics(self, kernel_id: str | None = None) -> None:
@@ -166,6 +168,7 @@ class KernelTrainingThread(threading.Thread):
     def run(self) -> None:
         """Live one session; whatever happens, ``ending`` says how it ended."""
         torch.set_num_threads(1)
+        be_nice(self._services.settings.niceness)
         try:
             self.ending = self._live()
         except Exception as error:  # the thread's last line of defence: the supervisor acts on the ending
@@ -195,12 +198,11 @@ class KernelTrainingThread(threading.Thread):
             resting = session.still_rests()
             if resting is not None:
                 return Ending(resting.state, resting.reason)
-        session.wake()
-        ending = self._train(session)
+        ending = self._train(session, session.wake())
         self._show(session)
         return ending
 
-    def _train(self, session: TrainingSession) -> Ending:
+    def _train(self, session: TrainingSession, why: str) -> Ending:
         services = self._services
         while True:
             self.heartbeat = time.monotonic()
@@ -216,7 +218,7 @@ class KernelTrainingThread(threading.Thread):
                 session.sync()
             if not session.has_enough:
                 return self._finish(session, Ending("waiting", session.waiting_reason))
-            self._enter("training", "", session)
+            self._enter("training", why, session)
             services.metrics.add(self.kernel_id, session.advance())
             self.steps_done += 1
             self.unsaved_steps = session.step - session.saved_step
@@ -233,6 +235,7 @@ class KernelTrainingThread(threading.Thread):
         pause = settings.serve_pause_ms if self._services.serving_busy() else settings.step_pause_ms
         if pause > 0:
             self._stop_requested.wait(pause / 1000)
+        self._services.gate.give_way(settings.serve_pause_ms / 1000)
 
     def _enter(self, state: State, reason: str, session: TrainingSession) -> None:
         if state != self._state:
@@ -322,6 +325,9 @@ class KernelTrainingThread(threading.Thread):
             return
         self._reported = now
         self.report = session.report()
+        for drift in session.new_drifts():
+            data = {"kernel_id": self.kernel_id, **asdict(drift), "reason": drift.reason}
+            self._services.hub.publish("kernel.drift", data)
         for snapshot in session.new_snapshots():
             self._services.snapshots.put(self.kernel_id, snapshot)
 

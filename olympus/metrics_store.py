@@ -1,31 +1,36 @@
-"""Measurements of the kernels: collected by the trainers, written in batches, read back thinned out.
+"""Measurements of the kernels: collected by the trainers, written in batches, read at any resolution.
 
-A trainer calls ``add`` after every step and never touches the database. A row covers a window of at least 250 ms:
-its loss is the mean over the window, every other column the newest measurement in it, null when there was none. One
-``flush`` writes the finished windows of all kernels in one transaction. So that a kernel that trains for weeks does
-not fill the disk, the window widens with the number of rows (after 4,000 rows it grows in proportion to them), and
-the number of rows grows with the square root of time: about 50,000 after a day.
+A trainer calls ``add`` after every step and never touches the database. A row covers a window of at least 250 ms. One
+``flush`` writes the finished windows of all kernels, and the summaries that they complete (``metrics_pyramid``), in
+one transaction: what is stored grows with the logarithm of a kernel's life.
 
-Reading averages over buckets of steps inside the database, so an answer has at most ``max_points`` rows however long
-the kernel has lived. Not here: events for the dashboard (``continuous_trainer`` publishes the rows that ``flush``
-returns).
+Reading takes the finest level that answers within ``max_points``, and what it cannot say exactly from finer rows: from
+``since`` up to where a row of that level begins, and from where the level ends up to now. So every step after
+``since`` is in exactly one row of the answer, and reading on from ``next_since`` neither repeats nor misses one.
+(When the finer rows at ``since`` are pruned already, the row that ``since`` falls into is given whole.)
+
+Not here: events for the dashboard (``kernel_thread`` publishes the rows that ``flush`` returns).
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
+from olympus.metrics_pyramid import FANOUT, KEEP, Ladder, Packed, Point, Summary, thin
 from storage.database import Database
-from storage.models import KernelMetric
+from storage.models import MetricPoint
 
 WINDOW_SECONDS = 0.25
-ROWS_AT_FULL_RATE = 4000
+#: A level is pruned when it has grown this far beyond ``KEEP``: one deletion now and then instead of one per row.
+_SLACK = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +49,8 @@ class StepMetrics:
     step_ms: float | None = None
 
 
-COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(StepMetrics))
-_NUMERIC = tuple(name for name in COLUMNS if name not in ("step", "regime"))
-_AVERAGED = ("loss", "grad_norm", "step_ms")
+#: Every quantity that is measured; each is a column of an answer.
+COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(StepMetrics) if field.name not in ("step", "regime"))
 
 
 class _Window:
@@ -54,20 +58,20 @@ class _Window:
 
     def __init__(self, opened: float):
         self.opened = opened
-        self.steps = 0
-        self.values: dict[str, Any] = {}
-        self._sums: dict[str, tuple[float, int]] = {}
+        self.step = 0
+        self.regime: str | None = None
+        self._parts: dict[str, list[Summary]] = {}
 
     def add(self, metrics: StepMetrics) -> None:
-        self.steps += 1
+        self.step, self.regime = metrics.step, metrics.regime or self.regime
         for name, value in asdict(metrics).items():
-            if value is None:
-                continue
-            if name in _AVERAGED:
-                total, count = self._sums.get(name, (0.0, 0))
-                self._sums[name] = (total + value, count + 1)
-                value = (total + value) / (count + 1)
-            self.values[name] = value
+            if name in COLUMNS and value is not None and math.isfinite(value):  # JSON has no NaN
+                parts = self._parts.setdefault(name, [])
+                parts[:] = [Summary.merge([*parts, Summary.of(float(value))])]
+
+    def close(self, first: int) -> Point:
+        values = {name: parts[0].pack() for name, parts in self._parts.items()}
+        return Point(min(first, self.step), self.step, time.time(), self.regime, values)
 
 
 class MetricsStore:
@@ -79,18 +83,17 @@ class MetricsStore:
         self._lock = threading.Lock()
         self._flushing = threading.RLock()  # held from taking windows until their rows are committed
         self._windows: dict[str, _Window] = {}
-        self._rows: dict[str, int] = {}
+        self._ladders: dict[str, Ladder] = {}
 
     def begin(self, kernel_id: str, step: int) -> None:
-        """Training goes on after ``step``: rows beyond it describe a future that a crash undid, so they go."""
-        mine = KernelMetric.kernel_id == kernel_id
+        """Training goes on after ``step``: rows that reach beyond it describe a future that a crash undid, so they go.
+
+        A summary goes with them when it reaches beyond; the rows below it that stay will be summarised again.
+        """
         with self._flushing:
             self.discard(kernel_id)
             with self._database.write() as session:
-                session.execute(sa.delete(KernelMetric).where(mine, KernelMetric.step > step))
-                count = session.scalar(sa.select(sa.func.count()).select_from(KernelMetric).where(mine))
-            with self._lock:
-                self._rows[kernel_id] = count or 0
+                session.execute(_deletion(kernel_id).where(MetricPoint.step > step))
 
     def add(self, kernel_id: str, metrics: StepMetrics) -> None:
         """Remember one step; steps of a kernel must increase."""
@@ -101,56 +104,209 @@ class MetricsStore:
             window.add(metrics)
 
     def flush(self, kernel_id: str | None = None) -> list[dict[str, Any]]:
-        """Write finished windows (all of them, or at once that of ``kernel_id``) and return the rows written."""
+        """Write finished windows (all of them, or at once that of ``kernel_id``); returns what they measured."""
         with self._flushing:
             now = self._clock()
             with self._lock:
-                ready = [
-                    owner
-                    for owner, window in self._windows.items()
-                    if owner == kernel_id or (kernel_id is None and now - window.opened >= self._width(owner))
-                ]
-                now_utc, unmeasured = time.time(), dict.fromkeys(COLUMNS)
-                rows = [
-                    {"kernel_id": owner, "at": now_utc, **unmeasured, **self._windows.pop(owner).values}
-                    for owner in ready
-                ]
-                for owner in ready:
-                    self._rows[owner] = self._rows.get(owner, 0) + 1
-            if rows:
+                ready = {
+                    owner: self._windows.pop(owner)
+                    for owner, window in list(self._windows.items())
+                    if owner == kernel_id or (kernel_id is None and now - window.opened >= WINDOW_SECONDS)
+                }
+            if not ready:
+                return []
+            try:
                 with self._database.write() as session:
-                    session.execute(sa.insert(KernelMetric), rows)
-            return rows
+                    return [self._write(session, owner, window) for owner, window in ready.items()]
+            except BaseException:
+                for owner in ready:
+                    self._ladders.pop(owner, None)  # it is ahead of the database now; load it again
+                raise
 
     def discard(self, kernel_id: str) -> None:
         """Drop what is not written yet, after any write in progress; call it before the kernel's row goes."""
         with self._flushing, self._lock:
             self._windows.pop(kernel_id, None)
-            self._rows.pop(kernel_id, None)
+            self._ladders.pop(kernel_id, None)
 
-    def read(self, kernel_id: str, since: int | None, max_points: int) -> dict[str, Any]:
-        """Columns of equal length after step ``since``, averaged over buckets of steps when there are too many.
+    def read(
+        self, kernel_id: str, since: int | None = None, max_points: int = 2000, *, spread: bool = False
+    ) -> dict[str, Any]:
+        """Columns of equal length after step ``since``: means over the steps of each row, null where not measured.
 
-        ``next_since`` is what to pass next time; it equals ``since`` when nothing is new.
+        With ``spread``, also ``first_step`` of each row, and ``min``, ``max`` and ``last`` of each column. ``level``
+        says how far it is summarised (0: as measured). ``next_since`` is what to pass next time; it equals ``since``
+        when nothing is new.
         """
-        after = -1 if since is None else since
-        where = (KernelMetric.kernel_id == kernel_id, KernelMetric.step > after)
+        with self._flushing:
+            if kernel_id not in self._ladders:
+                with self._database.write() as session:
+                    self._ladder(session, kernel_id)
         with self._database.read() as session:
-            low, high, count = session.execute(
-                sa.select(sa.func.min(KernelMetric.step), sa.func.max(KernelMetric.step), sa.func.count()).where(*where)
-            ).one()
-            width = 1 if count <= max_points else (high - low + max_points) // max_points
-            bucket = (KernelMetric.step - (low or 0)) // width
-            averages = [sa.func.avg(getattr(KernelMetric, name)).label(name) for name in _NUMERIC]
-            query = sa.select(sa.func.max(KernelMetric.step).label("step"), *averages).where(*where)
-            rows = session.execute(query.group_by(bucket).order_by(bucket)).all()
-        columns: dict[str, Any] = {name: [getattr(row, name) for row in rows] for name in ("step", *_NUMERIC)}
-        return {"kernel_id": kernel_id, **columns, "rows": count, "next_since": high if count else since}
+            reader = _Reader(session, kernel_id)
+            level, points = reader.cover(-1 if since is None else since, max_points)
+        if len(points) > max_points:
+            points = thin(points, max_points)
+        newest = points[-1].step if points else since
+        return {"kernel_id": kernel_id, **_columns(points, spread), "level": level, "next_since": newest}
 
     def check_invariants(self) -> None:
-        """Every open window holds at least one step."""
+        """Every open window holds at least one step, and the ladders are sound."""
         with self._lock:
-            assert all(window.steps > 0 and "step" in window.values for window in self._windows.values())
+            assert all(window.step > 0 for window in self._windows.values())
+        with self._flushing:
+            for ladder in self._ladders.values():
+                ladder.check_invariants()
 
-    def _width(self, kernel_id: str) -> float:
-        return WINDOW_SECONDS * max(1.0, self._rows.get(kernel_id, 0) / ROWS_AT_FULL_RATE)
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def _write(self, session: Session, kernel_id: str, window: _Window) -> dict[str, Any]:
+        ladder = self._ladder(session, kernel_id)
+        point = window.close(ladder.end + 1)
+        _insert(session, kernel_id, ladder.add(point))
+        _prune(session, kernel_id, ladder)
+        means = {name: _mean(point.values.get(name)) for name in COLUMNS}
+        return {"kernel_id": kernel_id, "at": point.at, "step": point.step, "regime": point.regime, **means}
+
+    def _ladder(self, session: Session, kernel_id: str) -> Ladder:
+        """The kernel's ladder; loaded when it is not known, and its missing summaries written then.
+
+        They are missing after a migration from a version without them, and after ``begin`` has cut a summary.
+        """
+        ladder = self._ladders.get(kernel_id)
+        if ladder is not None:
+            return ladder
+        ladder = Ladder()
+        mine = MetricPoint.kernel_id == kernel_id
+        levels = sa.select(MetricPoint.level, sa.func.count(), sa.func.max(MetricPoint.step)).where(mine)
+        found = {level: (count, newest) for level, count, newest in session.execute(levels.group_by(MetricPoint.level))}
+        for level, (count, _) in sorted(found.items()):
+            summarised = found.get(level + 1, (0, 0))[1]
+            ladder.load(level, _points(session, kernel_id, level, after=summarised), count)
+        _insert(session, kernel_id, ladder.summarise())
+        _prune(session, kernel_id, ladder)
+        self._ladders[kernel_id] = ladder
+        return ladder
+
+
+class _Reader:
+    """Chooses the rows of one answer, within one read transaction."""
+
+    def __init__(self, session: Session, kernel_id: str):
+        self._session = session
+        self._kernel_id = kernel_id
+        mine = MetricPoint.kernel_id == kernel_id
+        self.top = session.scalar(sa.select(sa.func.max(MetricPoint.level)).where(mine)) or 0
+
+    def cover(self, after: int, max_points: int) -> tuple[int, list[Point]]:
+        """Rows that hold each step beyond ``after`` once, mostly of one level, and that level."""
+        level = self._level_for(after, max_points)
+        rows: list[Point] = []
+        position = after
+        for lower in range(level):  # up to where a row of the next level begins
+            above = self._first(lower + 1, position)
+            if above is None:
+                break  # everything newer is on the levels below: the descent finds it
+            if above.first > position:
+                continue
+            finer = self._rows(lower, position, above.step)
+            whole = bool(finer) and finer[0].first <= position + 1
+            rows += finer if whole else [above]
+            position = above.step
+        for lower in range(level, -1, -1):  # the level itself, then what it does not summarise yet
+            newer = self._rows(lower, position, None)
+            rows += newer
+            position = newer[-1].step if newer else position
+        return level, rows
+
+    def _level_for(self, after: int, max_points: int) -> int:
+        """The finest level that reaches back to ``after`` and has few enough rows since then."""
+        eldest = self._first(self.top, after)
+        for level in range(self.top):
+            oldest = self._first(level, after)
+            reaches = oldest is not None and (eldest is None or oldest.first <= max(after + 1, eldest.first))
+            spare = max_points - 2 * FANOUT * level  # the ascent and the descent
+            if oldest is None or (reaches and self._count(level, after) <= spare):
+                return level
+        return self.top
+
+    def _count(self, level: int, after: int) -> int:
+        where = (*self._of(level), MetricPoint.step > after)
+        return self._session.scalar(sa.select(sa.func.count()).select_from(MetricPoint).where(*where)) or 0
+
+    def _first(self, level: int, after: int) -> Point | None:
+        found = _points(self._session, self._kernel_id, level, after, limit=1)
+        return found[0] if found else None
+
+    def _rows(self, level: int, after: int, until: int | None) -> list[Point]:
+        return _points(self._session, self._kernel_id, level, after, until)
+
+    def _of(self, level: int) -> tuple[sa.ColumnElement[bool], ...]:
+        return MetricPoint.kernel_id == self._kernel_id, MetricPoint.level == level
+
+
+def _points(
+    session: Session, kernel_id: str, level: int, after: int = 0, until: int | None = None, limit: int | None = None
+) -> list[Point]:
+    row = MetricPoint
+    query = sa.select(row.first_step, row.step, row.at, row.regime, row.values).order_by(row.step).limit(limit)
+    query = query.where(row.kernel_id == kernel_id, row.level == level, row.step > after)
+    if until is not None:
+        query = query.where(row.step <= until)
+    return [Point(*found) for found in session.execute(query)]
+
+
+def _insert(session: Session, kernel_id: str, rows: Sequence[tuple[int, Point]]) -> None:
+    values = [
+        {
+            "kernel_id": kernel_id,
+            "level": level,
+            "step": point.step,
+            "first_step": point.first,
+            "at": point.at,
+            "regime": point.regime,
+            "values": point.values,
+        }
+        for level, point in rows
+    ]
+    if values:
+        session.execute(sa.insert(MetricPoint), values)
+
+
+def _prune(session: Session, kernel_id: str, ladder: Ladder) -> None:
+    """Remove the oldest rows of levels that grew too long, as far as the level above summarises them."""
+    for level, count in enumerate(ladder.counts[:-1]):
+        if count <= KEEP + _SLACK:
+            continue
+        mine = (MetricPoint.kernel_id == kernel_id, MetricPoint.level == level)
+        stays = sa.select(MetricPoint.step).where(*mine).order_by(MetricPoint.step.desc()).limit(1).offset(KEEP)
+        above = (MetricPoint.kernel_id == kernel_id, MetricPoint.level == level + 1)
+        edge = session.scalar(
+            sa.select(sa.func.max(MetricPoint.step)).where(*above, MetricPoint.step <= stays.scalar_subquery())
+        )
+        gone = sa.delete(MetricPoint).where(*mine, MetricPoint.step <= (edge or 0))
+        ladder.counts[level] -= session.execute(gone).rowcount  # type: ignore[attr-defined]
+
+
+def _deletion(kernel_id: str) -> sa.Delete:
+    return sa.delete(MetricPoint).where(MetricPoint.kernel_id == kernel_id)
+
+
+def _columns(points: Sequence[Point], spread: bool) -> dict[str, Any]:
+    columns: dict[str, Any] = {"step": [point.step for point in points]}
+    rows = [point.values for point in points]
+    for name in COLUMNS:
+        columns[name] = [_mean(values.get(name)) for values in rows]
+    if spread:
+        columns["first_step"] = [point.first for point in points]
+        for label, place in (("min", 2), ("max", 3), ("last", 4)):
+            columns[label] = {name: [_part(values.get(name), place) for values in rows] for name in COLUMNS}
+    return columns
+
+
+def _mean(packed: Packed | None) -> float | None:
+    return _part(packed, 1)
+
+
+def _part(packed: Packed | None, place: int) -> float | None:
+    return packed[place] if isinstance(packed, list) else packed

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}\z"
 #: The domain of a kernel that learns from every domain.
@@ -19,6 +19,10 @@ MAX_TEXT = 32_768
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Domain = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z0-9][a-z0-9-]{0,62})\z")]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT, pattern=r"^[^\x00]*\z")]
+#: A kernel's id or its god's name.
+KernelRef = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,79}\z")]
+Reason = Literal["user_request", "domain_gap", "overload", "specialization", "emergence"]
+Consensus = Literal["unanimous", "supermajority", "majority", "quorum"]
 CheckpointName = Annotated[str, StringConstraints(pattern=r"^step-[0-9]{8}\z")]
 CheckpointChoice = Annotated[str, StringConstraints(pattern=r"^(best|latest|step-[0-9]{8})\z")]
 
@@ -49,14 +53,21 @@ class ExperienceBatch(_Request):
 
 
 class SpawnRequest(_Request):
-    """A new kernel. Everything has a default; ``config`` overrides single values of the preset's network."""
+    """A new kernel. Everything has a default; ``config`` overrides single values of the preset's network.
+
+    With ``vote``, or a ``reason`` other than a user's request, the kernels that exist decide (``governance``);
+    ``force`` overrides them. ``inherit`` begins with the best weights of the first of ``parent_gods``.
+    """
 
     name: Name | None = None
     domain: Domain | None = None
     element: Annotated[str, StringConstraints(max_length=64)] = ""
     role: Annotated[str, StringConstraints(max_length=64)] = ""
-    reason: Literal["user_request"] = "user_request"
-    parent_gods: tuple[Name, ...] = Field((), max_length=8)
+    reason: Reason = "user_request"
+    parent_gods: tuple[KernelRef, ...] = Field((), max_length=8)
+    inherit: bool = False
+    vote: bool = False
+    consensus_type: Consensus = "supermajority"
     force: bool = False
     seed: int | None = Field(None, ge=0, lt=2**53)
     preset: Literal["nano", "micro", "small"] | None = None
@@ -71,6 +82,7 @@ class SpawnRequest(_Request):
 class QueryRequest(_Request):
     """Ask a kernel: free text, or a ranking when ``candidates`` are given.
 
+    ``samples`` above 1 asks for that many stochastic rollouts and one answer out of them; ``seed`` repeats them.
     ``learn`` writes the question into the history without an answer to imitate: feedback makes it an experience.
     """
 
@@ -80,6 +92,57 @@ class QueryRequest(_Request):
     )
     max_tokens: int = Field(64, ge=1, le=512)
     temperature: float = Field(0.0, ge=0, le=2)
+    samples: int = Field(1, ge=1, le=16)
+    noise: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=0, lt=2**53)
     checkpoint: CheckpointChoice = "best"
     return_basin: bool = False
     learn: bool = False
+
+
+class ImportRequest(_Request):
+    """The query of ``POST /olympus/kernels/import``; the archive is the body. None: as the archive says."""
+
+    name: Name | None = None
+    domain: Domain | None = None
+    train: bool = True
+
+
+class ExportRequest(_Request):
+    """The query of ``GET /olympus/kernels/<id>/export``."""
+
+    checkpoint: CheckpointChoice = "best"
+    include: Literal["", "training"] = ""
+
+
+class ProposeRequest(_Request):
+    """Would the kernels agree to a new one? ``experiences`` stand for it, or else the history of ``domain``."""
+
+    name: Name | None = None
+    domain: Domain | None = None
+    reason: Reason = "user_request"
+    parent_gods: tuple[KernelRef, ...] = Field((), max_length=8)
+    consensus_type: Consensus = "supermajority"
+    experiences: tuple[ExperienceIn, ...] = Field((), max_length=1000)
+
+
+class RouteRequest(_Request):
+    """``text`` or ``texts``: which kernel each of them belongs to."""
+
+    text: Text | None = None
+    texts: tuple[Text, ...] = Field((), max_length=256)
+
+    @model_validator(mode="after")
+    def _has_one(self) -> RouteRequest:
+        if (self.text is None) == (not self.texts):
+            raise ValueError("give text, or texts with at least one entry")
+        return self
+
+
+class PollRequest(QueryRequest):
+    """One question to all kernels, or to ``kernels``; after ``seconds`` no further one is asked."""
+
+    learn: Literal[False] = False
+    max_tokens: int = Field(32, ge=1, le=128)
+    kernels: tuple[KernelRef, ...] | None = Field(None, min_length=1, max_length=64)
+    seconds: float = Field(10.0, ge=0.1, le=60)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from olympus.kernel_state import KernelState
 from qig_core.m8_kernel import M8Kernel
+from qig_core.phrasebook import Phrasebook
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class SnapshotShelf:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._shelf: dict[tuple[str, str], Snapshot] = {}
+        self._phrases: dict[str, Phrasebook] = {}
 
     def put(self, kernel_id: str, snapshot: Snapshot, *, replace: bool = True) -> None:
         """Replace the copy of the same kind, or only fill an empty place."""
@@ -60,11 +62,42 @@ class SnapshotShelf:
             found = self._shelf.get((kernel_id, which))
             return found or (self._shelf.get((kernel_id, "latest")) if which == "best" else None)
 
-    def forget(self, kernel_id: str) -> None:
-        """Drop a kernel's copies."""
+    def phrases(self, kernel_id: str) -> Phrasebook:
+        """What the kernel has answered lately, whichever its weights were."""
         with self._lock:
+            return self._phrases.setdefault(kernel_id, Phrasebook())
+
+    def forget(self, kernel_id: str) -> None:
+        """Drop a kernel's copies and phrases."""
+        with self._lock:
+            self._phrases.pop(kernel_id, None)
             for key in [key for key in self._shelf if key[0] == kernel_id]:
                 del self._shelf[key]
+
+
+class FreshSnapshots:
+    """Copies made by a training thread and not yet put on the shelf. The best one is copied only when it changed."""
+
+    def __init__(self, live: KernelState):
+        self._live = live
+        self._waiting: list[Snapshot] = []
+        self._best_shown: tuple[int | None, float | None] = (None, None)
+
+    def publish(self, regime: str) -> None:
+        """Copy the weights as they are now."""
+        self._waiting.append(latest_snapshot(self._live, regime))
+        mark = (self._live.progress.best_step, self._live.progress.best_loss)
+        if mark == self._best_shown:
+            return
+        self._best_shown = mark
+        best = best_snapshot(self._live, regime)
+        if best is not None:
+            self._waiting.append(best)
+
+    def take(self) -> list[Snapshot]:
+        """What was published since the last call."""
+        fresh, self._waiting = self._waiting, []
+        return fresh
 
 
 def latest_snapshot(live: KernelState, regime: str) -> Snapshot:

@@ -14,6 +14,7 @@ from olympus.kernel_rows import KernelRecord
 from olympus.kernel_state import Progress
 
 _INTEGRATION = ("surrogate", "snr_db", "samples", "partition", "reason", "read_out")
+_PLASTICITY = ("dead_units", "units", "eff_rank", "width", "weight_norm")
 _DIAGNOSIS = ("total_correlation", "o_information", "stochastic_interaction", "mutual_information")
 
 
@@ -61,8 +62,11 @@ def full_status(kernel: KernelRecord, report: Mapping[str, Any], extra: Mapping[
         "kappa": progress["integration"].get("kappa"),
         "basin": {"coords64": progress["basin"] or None, "distance_ref": progress["drift"], "drift": progress["drift"]},
         "optimizer": dict(report.get("optimizer", {})),
-        "convergence": report.get("convergence"),
+        "convergence": _convergence(report),
         "buffer": report.get("buffer"),
+        "prequential": report.get("prequential"),
+        "drift": report.get("drift"),
+        "plasticity": {name: progress["plasticity"].get(name) for name in _PLASTICITY},
         "cost": _cost(progress, report),
         "last_saved_step": report.get("last_saved_step", 0),
         "last_checkpoint": extra.get("last_checkpoint"),
@@ -81,7 +85,7 @@ def links(kernel_id: str) -> dict[str, str]:
         "checkpoints": f"{base}/checkpoints",
         "metrics": f"{base}/metrics",
         "experiences": f"{base}/experiences",
-        "events": "/olympus/stream?topics=kernel.state,kernel.metric,kernel.checkpoint",
+        "events": f"{base}/events",
     }
 
 
@@ -117,12 +121,37 @@ def _phi(progress: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, An
     }
 
 
+def _convergence(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Each condition with its number, threshold and reason, and the same as single fields; None before the first step.
+
+    Reports of versions that listed no conditions have an empty list.
+    """
+    judged = report.get("convergence")
+    if judged is None:
+        return None
+    names = {"phi_mean100": "phi_mean", "phi_std100": "phi_std", "plateau": "plateau_ok"}
+    same = ("phi_now", "phi_ok", "stable_ok", "loss_ok", "steps_in_window", "phi_threshold", "std_threshold", "gate")
+    return {
+        "converged": judged["converged"],
+        "reason": judged["reason"],
+        **{name: judged.get(name) for name in same},
+        **{name: judged.get(saved) for name, saved in names.items()},
+        "conditions": [dict(condition) for condition in judged.get("conditions", ())],
+    }
+
+
 def _cost(progress: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
     training = progress["train_seconds"]
+    saving = report.get("overhead_seconds", 0.0)
+    # the look at plasticity is part of an evaluation
+    measuring = progress["phi_seconds"] + progress["evaluation_seconds"] + progress["prequential_seconds"] + saving
     return {
         "train_seconds": round(training, 3),
         "phi_seconds": round(progress["phi_seconds"], 3),
         "evaluation_seconds": round(progress["evaluation_seconds"], 3),
-        "checkpoint_seconds": report.get("overhead_seconds", 0.0),
+        "prequential_seconds": round(progress["prequential_seconds"], 3),
+        "plasticity_seconds": round(progress["plasticity_seconds"], 3),
+        "checkpoint_seconds": saving,
         "phi_share": round(progress["phi_seconds"] / training, 4) if training > 0 else None,
+        "overhead_share": round(measuring / (training + measuring), 4) if training > 0 else None,
     }

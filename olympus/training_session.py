@@ -1,14 +1,16 @@
 """One kernel's training from checkpoint to rest: the steps and the decisions, without threads.
 
-A step: draw a batch, deeply supervised loss, DiagonalFisher, EMA. Every ``evaluate_every`` steps the EMA sits the
-examination (and every ``RAW_EVERY``-th time the trained weights do, for comparison). The EMA with the lowest held-out
-loss so far is ``best``, and that is what queries get unless they ask for ``latest``. When the held-out part changes,
-the best weights sit the new examination too, so that old and new are never compared on different questions.
+A step: draw a batch, deeply supervised loss, DiagonalFisher, EMA. Every ``evaluate_every`` steps, or less often where
+that would cost more than its share of the time (``measuring``), the EMA sits the examination, and now and then the
+trained weights do, for comparison. The EMA with the lowest held-out loss so far is ``best``, and that is what queries
+get unless they ask for ``latest``. When the held-out part changes, the best weights sit the new examination too, so
+that old and new are never compared on different questions.
 
 The rules of rest and waking are in ``resting``. A kernel that wakes gets a fresh Phi window and fresh patience.
 
-Phi is measured every ``phi_every`` steps or less often, so that its cost stays within 10 % of the training time. It is
-never part of the loss, so its schedule does not touch the weights: a restored kernel repeats its losses bit by bit.
+Phi is measured every ``phi_every`` steps or less often, so that its cost stays within its share, too. It is never part
+of the loss, so its schedule does not touch the weights: a restored kernel repeats its losses bit by bit.
+So are the prequential test of new experience (``prequential``) and the look at plasticity.
 """
 
 from __future__ import annotations
@@ -22,27 +24,31 @@ import torch
 
 from olympus import resting
 from olympus.checkpoints import CheckpointStore
+from olympus.drift import Drift
 from olympus.errors import CheckpointInvalid, OlympusError
-from olympus.examination import Examiner
-from olympus.experience_buffer import Example, ExperienceBuffer
+from olympus.examination import Exam, Examiner
+from olympus.experience_buffer import ExperienceBuffer
 from olympus.experience_source import ExperienceSource
+from olympus.intake import Intake
 from olympus.kernel_rows import KernelRecord
 from olympus.kernel_state import KernelPlan, KernelState
+from olympus.measuring import RAW_EVERY, examination_interval, phi_interval
 from olympus.metrics_store import StepMetrics
+from olympus.rehearsal import Rehearsal
 from olympus.resting import Rest
-from olympus.snapshot import Snapshot, best_snapshot, latest_snapshot
+from olympus.session_report import finite, session_report
+from olympus.snapshot import FreshSnapshots, Snapshot
 from qig_core.geometry import fisher_rao_distance
 from qig_core.integration import kernel_states, measure_integration
-from qig_core.learning import collate, supervised_loss
-from qig_core.regime import Convergence, Regime, convergence, regime
-from qig_core.vocabulary import EncodedPair, encode_pair
+from qig_core.learning import supervised_loss
+from qig_core.m8_kernel import M8Kernel
+from qig_core.plasticity import measure_plasticity
+from qig_core.regime import Convergence, Learned, Regime, convergence, regime
 from settings import KernelSettings
 
-#: The trained weights sit every so many of the EMA's examinations: they are shown for comparison only.
-RAW_EVERY = 4
-PHI_COST_SHARE = 0.10
+#: Plasticity changes slowly: it is looked at once in so many examinations.
+PLASTICITY_EVERY = 10
 LOSS_EMA_DECAY = 0.95
-SYNC_SECONDS = 2.0
 
 
 class TrainingDiverged(OlympusError):
@@ -61,16 +67,21 @@ class TrainingSession:
         self.just_evaluated = False
         self.overhead_seconds = 0.0
         self._settings = settings
-        self._source = source
-        self._buffer = ExperienceBuffer(settings.buffer_capacity, settings.holdout_percent, live.seed)
-        self._encoded: dict[int, EncodedPair] = {}
-        self._examiner = Examiner(self._buffer, self._encode)
+        self._buffer = ExperienceBuffer(
+            settings.buffer_capacity,
+            settings.holdout_percent,
+            live.seed,
+            priority_share=settings.priority_share,
+            source_cap_percent=settings.source_cap_percent,
+        )
+        self._rehearsal = Rehearsal(self._buffer, live.plan.network.context, settings.der_alpha)
+        self._examiner = Examiner(self._buffer, self._rehearsal.encode)
+        self._intake = Intake(source, self._buffer, self._rehearsal)
+        self._wake_reason = ""
         self._reference_basin: torch.Tensor | None = None
-        self._synced = float("-inf")
-        self._fresh_snapshots: list[Snapshot] = []
-        self._best_shown: tuple[int | None, float | None] = (None, None)
+        self._snapshots = FreshSnapshots(live)
         self._regime: Regime = "linear"
-        self._last_step_ms = 0.0
+        self.last_step_ms = 0.0
         self._opened_at_step = live.progress.step
         self._opened = time.monotonic()
 
@@ -90,13 +101,13 @@ class TrainingSession:
             session = cls(KernelState(KernelPlan.from_json(kernel.config), kernel.seed), settings, source)
         else:
             session = cls(KernelState.restore(recovery.loaded), settings, source)
-            saved = recovery.loaded.state.get("buffer")
-            if not isinstance(saved, dict):
+            if not isinstance(recovery.loaded.state.get("buffer"), dict):
                 raise CheckpointInvalid(f"{recovery.loaded.name}: it holds no buffer")
-            source.restore(session._buffer, saved)
+            session._intake.restore(recovery.loaded.state)
+            session._rehearsal.load_tensors(recovery.loaded.tensors)
             session.saved_step = session.step
         session.progress.lr_scale = min(session.progress.lr_scale, lr_scale)
-        session._publish_snapshots()
+        session._snapshots.publish(session._regime)
         return session, recovery.damaged
 
     # -- experience -------------------------------------------------------------------------------------------
@@ -109,14 +120,19 @@ class TrainingSession:
     @property
     def sync_due(self) -> bool:
         """True when it is time to look for judgements and deletions again."""
-        return time.monotonic() - self._synced > SYNC_SECONDS
+        return self._intake.due
 
     def sync(self) -> None:
-        """Bring the buffer up to date with the history."""
-        self._source.sync(self._buffer)
-        self._synced = time.monotonic()
-        if len(self._encoded) > 2 * self._buffer.capacity:
-            self._encoded.clear()
+        """Bring the buffer up to date with the history; what is new is tested before it is trained on."""
+        drift = self._intake.sync(self._serving, self.step)
+        self.progress.prequential_seconds += self._intake.take_seconds()
+        if drift is not None:
+            self.progress.unimproved = 0  # what comes now is harder: patience begins anew
+
+    def _serving(self) -> M8Kernel:
+        """The best weights of a kernel at rest, the averaged ones of one that trains."""
+        best = self.live.best_kernel() if self.progress.rest else None
+        return best or self.live.ema.shadow
 
     @property
     def has_enough(self) -> bool:
@@ -134,41 +150,37 @@ class TrainingSession:
         """Train one step and measure what is due. Raises ``TrainingDiverged``."""
         begun = time.perf_counter()
         training, live = self.live.plan.training, self.live
-        batch = self._buffer.sample(training.batch_size, self.step)
-        encoded = collate([self._encode(item) for item in batch])
-        for group in live.optimizer.param_groups:
-            group["lr"] = training.lr_at(self.step) * self.progress.lr_scale
+        lesson = self._rehearsal.lesson(training.batch_size, self.step)
+        encoded = lesson.batch
+        training.set_lr(live.optimizer, self.step, self.progress.lr_scale)
         live.optimizer.zero_grad(set_to_none=True)
         loss = supervised_loss(
             live.kernel,
             encoded.ids,
             encoded.loss_mask,
+            lesson.weights,
             supervision_steps=training.passes_at(self.step, live.plan.network.supervision_steps),
             observation_weight=training.observation_weight,
             halt_weight=training.halt_weight,
+            noise=live.noise_of(self.step),
+            distillation=lesson.distillation,
         )
         loss.total.backward()  # type: ignore[no-untyped-call]
         live.optimizer.step()
-        grad_norm = live.optimizer.statistics["grad_norm"]
+        grad_norm = live.optimizer.grad_norm
         if not (math.isfinite(loss.action_nats_per_byte) and math.isfinite(grad_norm)):
             raise TrainingDiverged(f"the loss or its gradient is not finite at step {self.step + 1}")
         live.ema.update(live.kernel)
+        self._rehearsal.learned(lesson, loss.item_nats)
         self._count(loss.action_nats_per_byte, int(encoded.loss_mask.sum()))
         seconds = time.perf_counter() - begun
         self.progress.train_seconds += seconds
-        self._last_step_ms = seconds * 1000
-        self.just_evaluated = self.step % self._settings.evaluate_every == 0
+        self.last_step_ms = seconds * 1000
+        self.just_evaluated = self.step >= max(self.progress.next_evaluation, self._settings.evaluate_every)
         if self.just_evaluated:
             self._evaluate()
         phi = self._measure_phi() if self.step >= self.progress.next_phi else None
         return self._metrics(loss.action_nats_per_byte, grad_norm, phi)
-
-    def _encode(self, item: Example) -> EncodedPair:
-        pair = self._encoded.get(item.id)
-        if pair is None:
-            pair = encode_pair(item.observation, item.action, self.live.plan.network.context)
-            self._encoded[item.id] = pair
-        return pair
 
     def _count(self, loss: float, symbols: int) -> None:
         progress = self.progress
@@ -186,11 +198,15 @@ class TrainingSession:
         self._reexamine_best()
         exam = examiner.examine(live.ema.shadow)
         progress.baseline_loss, progress.uniform_loss = examiner.baseline_loss, examiner.uniform_loss
-        progress.holdout_loss = None if exam is None else _finite(exam.loss)
+        progress.holdout_loss = None if exam is None else finite(exam.loss)
         if progress.evaluations % RAW_EVERY == 0:
             raw = examiner.examine(live.kernel)
-            progress.raw_holdout_loss = None if raw is None else _finite(raw.loss)
+            progress.raw_holdout_loss = None if raw is None else finite(raw.loss)
+        if progress.evaluations % PLASTICITY_EVERY == 0:
+            self._measure_plasticity()
         progress.evaluations += 1
+        every, share = self._settings.evaluate_every, self._settings.evaluation_share
+        progress.next_evaluation = self.step + examination_interval(examiner.items, live.plan, every, share)
         if exam is None or progress.holdout_loss is None:
             reason = "there is no held-out experience yet" if exam is None else "the held-out loss is not finite"
             progress.loss_ok, progress.gate_reason = None, reason
@@ -198,19 +214,18 @@ class TrainingSession:
         else:
             gate = examiner.gate(exam)
             progress.loss_ok, progress.gate_reason = gate.ok, gate.reason
-            self._judge_progress(exam.loss)
+            self._judge_progress(exam)
         progress.evaluation_seconds += time.perf_counter() - begun
-        self._publish_snapshots()
+        self._snapshots.publish(self._regime)
 
-    def _judge_progress(self, loss: float) -> None:
+    def _judge_progress(self, exam: Exam) -> None:
         """Best, patience, and drift: the Fisher-Rao distance of today's mean basin to that of the best weights."""
-        progress = self.progress
-        basin = self._examiner.basin(self.live.ema.shadow)
+        progress, loss, basin = self.progress, exam.loss, exam.basin
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step = loss, self.step
             self.live.remember_best()
             self._reference_basin = basin
-        if basin is not None and self._reference_basin is not None:
+        if self._reference_basin is not None:
             progress.basin = [round(value, 6) for value in basin.tolist()]
             progress.drift = float(fisher_rao_distance(basin, self._reference_basin))
         if resting.improves(loss, progress.patience_from):
@@ -228,10 +243,16 @@ class TrainingSession:
         best = self.live.best_kernel()
         if best is None:
             return
-        self._reference_basin = examiner.basin(best)
         exam = examiner.examine(best)
+        self._reference_basin = None if exam is None else exam.basin
         if not same and exam is not None:
             progress.best_loss = progress.patience_from = exam.loss
+
+    def _measure_plasticity(self) -> None:
+        if self._examiner.probe is not None:
+            begun = time.perf_counter()
+            self.progress.plasticity = asdict(measure_plasticity(self.live.kernel, self._examiner.probe))
+            self.progress.plasticity_seconds += time.perf_counter() - begun
 
     def _measure_phi(self) -> float | None:
         begun = time.perf_counter()
@@ -247,15 +268,16 @@ class TrainingSession:
                 self.live.phi_window.add(report.phi)
         cost = time.perf_counter() - begun
         progress.phi_seconds += cost
-        affordable = cost * 1000 / PHI_COST_SHARE / max(self._last_step_ms, 1e-3)
-        progress.next_phi = self.step + max(self._settings.phi_every, math.ceil(affordable))
+        every, share = self._settings.phi_every, self._settings.phi_share
+        progress.next_phi = self.step + phi_interval(cost, progress.train_seconds / self.step, every, share)
         phi: float | None = progress.integration["phi"]
         return phi
 
     def _metrics(self, loss: float, grad_norm: float, phi: float | None) -> StepMetrics:
         progress, fresh = self.progress, self.just_evaluated
         diverging = progress.loss_ema is not None and progress.loss_ema > math.log(257)
-        self._regime = regime(progress.integration.get("phi"), progress.loss_ok, diverging)
+        improving = progress.unimproved < self._settings.plateau_evaluations
+        self._regime = regime(progress.integration.get("phi"), progress.loss_ok, diverging, improving)
         return StepMetrics(
             step=self.step,
             loss=loss,
@@ -266,21 +288,24 @@ class TrainingSession:
             regime=self._regime,
             grad_norm=grad_norm,
             basin_drift=progress.drift if fresh else None,
-            step_ms=self._last_step_ms,
+            step_ms=self.last_step_ms,
         )
 
     # -- rest and waking --------------------------------------------------------------------------------------
 
     def convergence(self) -> Convergence:
         """Each condition with its number."""
-        settings = self._settings
-        return convergence(
-            self.live.phi_window,
-            settings.phi_threshold,
-            settings.phi_std,
-            self.progress.loss_ok,
-            gate=settings.learning_gate,
+        settings, progress = self._settings, self.progress
+        learned = Learned(
+            loss_ok=progress.loss_ok,
+            loss=progress.holdout_loss,
+            baseline=progress.baseline_loss,
+            loss_reason=progress.gate_reason or "not examined yet",
+            unimproved=progress.unimproved,
+            plateau=settings.plateau_evaluations,
         )
+        window, gate = self.live.phi_window, settings.learning_gate
+        return convergence(window, settings.phi_threshold, settings.phi_std, learned, gate=gate)
 
     def verdict(self) -> Rest | None:
         """Converged, settled, or None to go on."""
@@ -296,6 +321,7 @@ class TrainingSession:
                 "size": len(self._buffer),
                 "loss": self.progress.best_loss,
             }
+            self._intake.come_to_rest(self.live.best_kernel())
 
     def still_rests(self) -> Rest | None:
         """After ``sync``: the rest that goes on, or None when the kernel should train."""
@@ -304,21 +330,29 @@ class TrainingSession:
         rest = self.progress.rest
         if not rest:
             return None
+        self._wake_reason = self._why_wake(rest)
+        return None if self._wake_reason else Rest(rest["state"], rest["reason"])
+
+    def _why_wake(self, rest: dict[str, Any]) -> str:
+        """Which rule of ``resting`` wakes the kernel; empty: none does."""
+        if self._intake.latest_drift is not None:
+            return self._intake.latest_drift.reason
         if resting.has_grown(rest, self._seen):
-            return None
+            return f"{self._seen - rest['seen']} new experiences since it came to rest with {rest['size']}"
         self._examiner.refresh()
         best = self.live.best_kernel()
         exam = None if best is None else self._examiner.examine(best)
-        if resting.does_worse(rest, None if exam is None else exam.loss):
-            return None
-        return Rest(rest["state"], rest["reason"])
+        if exam is not None and resting.does_worse(rest, exam.loss):
+            return f"the held-out loss rose from {rest['loss']:.3f} to {exam.loss:.3f} nats per byte"
+        return ""
 
-    def wake(self) -> None:
-        """Begin to train: a kernel that had come to rest gets a fresh window and fresh patience."""
+    def wake(self) -> str:
+        """Begin to train: a kernel that had come to rest gets a fresh window and fresh patience. Returns why."""
         if self.progress.rest:
             self.live.phi_window.clear()
             self.progress.unimproved = 0
             self.progress.rest = {}
+        return self._wake_reason
 
     @property
     def _seen(self) -> int:
@@ -328,11 +362,11 @@ class TrainingSession:
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """Tensor files of a checkpoint."""
-        return self.live.tensors()
+        return {**self.live.tensors(), **self._rehearsal.tensors()}
 
     def state(self) -> dict[str, Any]:
         """The JSON part of a checkpoint."""
-        return {**self.live.state(), "buffer": self._buffer.state_dict()}
+        return {**self.live.state(), **self._intake.state()}
 
     def checkpoint_metrics(self, converged: bool) -> dict[str, Any]:
         """What the checkpoint's row shows and retention compares."""
@@ -345,42 +379,13 @@ class TrainingSession:
 
     def new_snapshots(self) -> list[Snapshot]:
         """Copies of the weights for queries, since the last call."""
-        fresh, self._fresh_snapshots = self._fresh_snapshots, []
-        return fresh
+        return self._snapshots.take()
 
-    def _publish_snapshots(self) -> None:
-        self._fresh_snapshots.append(latest_snapshot(self.live, self._regime))
-        mark = (self.progress.best_step, self.progress.best_loss)
-        if mark == self._best_shown:
-            return
-        self._best_shown = mark
-        best = best_snapshot(self.live, self._regime)
-        if best is not None:
-            self._fresh_snapshots.append(best)
+    def new_drifts(self) -> list[Drift]:
+        """Drift noticed since the last call."""
+        return self._intake.take_drifts()
 
     def report(self) -> dict[str, Any]:
         """Everything the status shows, as JSON types."""
-        optimizer = self.live.optimizer
-        steps, seconds = self.step - self._opened_at_step, time.monotonic() - self._opened
-        return {
-            "progress": {**asdict(self.progress), "rest": dict(self.progress.rest)},
-            "regime": self._regime,
-            "convergence": asdict(self.convergence()),
-            "buffer": self._buffer.counts(),
-            "holdout_items": self._examiner.items,
-            "optimizer": {
-                "lr": optimizer.param_groups[0]["lr"],
-                **{name: _finite(value) for name, value in optimizer.statistics.items()},
-            },
-            "throughput": {
-                "steps_per_second": round(steps / seconds, 3) if steps and seconds > 0 else None,
-                "step_ms": round(self._last_step_ms, 3) if steps else None,
-            },
-            "overhead_seconds": round(self.overhead_seconds, 4),
-            "parameters": self.live.kernel.parameter_count(),
-            "last_saved_step": self.saved_step,
-        }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+        parts = {"regime": self._regime, "holdout_items": self._examiner.items, **self._intake.report()}
+        return session_report(self, parts, self.step - self._opened_at_step, time.monotonic() - self._opened)

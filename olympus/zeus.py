@@ -3,8 +3,7 @@
 Every public method is one request of the API and may be called from any thread. Zeus puts the parts together and
 decides what is allowed in which state; the work is done by the trainer, the stores and the snapshots.
 
-Not here yet, on purpose: proposals that kernels vote on and routing. A spawn on a user's request is always accepted;
-its ``vote_result`` holds measured facts and no invented ballots.
+Votes on new kernels, routing, polls, lineage and the watch over badly served domains are his governor's (``governor``).
 """
 
 from __future__ import annotations
@@ -28,14 +27,17 @@ from olympus.errors import (
     NotReady,
     StorageFull,
 )
-from olympus.experience_buffer import QUERY_SOURCE
+from olympus.example import QUERY_SOURCE
 from olympus.experience_source import ExperienceSource
+from olympus.governor import Governor, Realm
 from olympus.kernel_query import answer, choose_snapshot
 from olympus.kernel_rows import KernelRecord, KernelRows, State, Wanted
 from olympus.kernel_state import KernelState
 from olympus.kernel_thread import KernelServices
+from olympus.kernel_transfer import KernelFile, KernelTransfer
 from olympus.metrics_store import MetricsStore
-from olympus.requests import ALL_DOMAINS, ExperienceIn, QueryRequest, SpawnRequest
+from olympus.query_gate import QueryGate
+from olympus.requests import ALL_DOMAINS, ExperienceIn, ImportRequest, QueryRequest, SpawnRequest
 from olympus.snapshot import SnapshotShelf
 from olympus.spawning import Registrar, spawn_answer
 from olympus.status import full_status, summary_line
@@ -75,7 +77,11 @@ class Zeus:
         self._mirror = CheckpointMirror(database, self.checkpoint_store) if self._on_replit else None
         self._metrics = MetricsStore(database)
         self.snapshots = SnapshotShelf()
+        self.gate = QueryGate(settings.kernels.max_queries)
         self._registrar = Registrar(settings.kernels, self.rows, self.checkpoint_store)
+        self._transfer = KernelTransfer(
+            settings.kernels, self.rows, self._registrar, self.checkpoint_store, self._mirror
+        )
         self._started = False
         services = KernelServices(
             settings=settings.kernels,
@@ -87,9 +93,27 @@ class Zeus:
             hub=hub,
             open_source=lambda domain: ExperienceSource(history, domain),
             serving_busy=serving_busy,
+            gate=self.gate,
             stopping=stop_event,
         )
         self.trainer = ContinuousKernelTrainer(services, self.limit)
+        self.governor = Governor(
+            Realm(
+                settings=settings.kernels,
+                database=database,
+                history=history,
+                hub=hub,
+                rows=self.rows,
+                snapshots=self.snapshots,
+                checkpoints=self.checkpoint_store,
+                mirror=self._mirror,
+                lines=self.kernels,
+                report=self._report,
+                query=self.query,
+                spawn=self.spawn,
+                stopping=stop_event,
+            )
+        )
 
     # -- life -------------------------------------------------------------------------------------------------
 
@@ -107,15 +131,18 @@ class Zeus:
         if any(report.values()):
             log.warning("checkpoints and their index were reconciled", **report)
         self._history.subscribe(self.trainer.notice)
+        self._history.subscribe(self.governor.notice)
         self.trainer.start(self.rows.all())
         self._started = True
         if self._settings.spawn_default and not self.rows.all() and not self.rows.ever_spawned():
             self.spawn(SpawnRequest(), actor="system")
+        self.governor.watch.start()
 
     def shutdown(self, deadline_s: float) -> None:
         """Stop every trainer with a last checkpoint, within ``deadline_s`` seconds."""
         if self._started:
             self._started = False
+            self.governor.watch.stop(min(2.0, deadline_s / 4))
             self.trainer.shutdown(deadline_s)
 
     # -- spawn and end ----------------------------------------------------------------------------------------
@@ -123,18 +150,27 @@ class Zeus:
     def spawn(self, request: SpawnRequest, *, actor: str = "user") -> dict[str, Any]:
         """Make a kernel and put it in line. The same ``idempotency_key`` gives the same kernel again.
 
-        Raises ``DuplicateKernel``, ``KernelLimitReached``, ``InvalidRequest``, ``StorageFull`` or ``NotReady``.
+        Raises ``VoteLost``, ``DuplicateKernel``, ``KernelLimitReached``, ``InvalidRequest``, ``StorageFull`` or
+        ``NotReady``.
         """
         self._require_started()
-        record, created = self._registrar.register(request, actor)
+        voted = None if self._registrar.earlier(request) else self.governor.vote_on(request, actor)
+        proposal_id = None if voted is None else str(voted["proposal"]["proposal_id"])
+        record, created = self._registrar.register(request, actor, proposal_id=proposal_id)
+        if created:
+            self.governor.bless(record, actor)
         if created and request.experiences:
             self.feed(record.id, request.experiences)
         if created and request.train:
             self.trainer.enqueue(record.id)
         kernel = self.rows.get(record.id)
-        others = [other for other in self.rows.all() if other.domain == kernel.domain and other.id != kernel.id]
+        others = [self._line(other) for other in self.rows.all() if other.domain == kernel.domain and other != kernel]
         lived = self._history.count(domain=None if kernel.domain == ALL_DOMAINS else kernel.domain)
-        return spawn_answer(kernel, self._line(kernel), [self._line(other) for other in others], lived, created=created)
+        return spawn_answer(kernel, self._line(kernel), others, lived, created=created, voted=voted)
+
+    def route(self, text: str) -> dict[str, Any]:
+        """Which kernel a text belongs to; see ``Router.route``."""
+        return self.governor.route([text])[0]
 
     def delete(self, kernel_id: str, *, actor: str = "user") -> dict[str, Any]:
         """End a kernel for good: its thread, checkpoints, metrics and row. The history keeps what was lived."""
@@ -146,6 +182,16 @@ class Zeus:
         self.checkpoint_store.delete_kernel(kernel_id)
         self.snapshots.forget(kernel_id)
         return {"success": True, "kernel_id": kernel_id, "deleted": True}
+
+    def export(self, kernel_id: str, checkpoint: str = "best", *, training: bool = False) -> KernelFile:
+        """A kernel as one file; see ``KernelTransfer.export``."""
+        return self._transfer.export(kernel_id, checkpoint, training=training)
+
+    def import_kernel(self, data: bytes, request: ImportRequest, *, actor: str = "user") -> dict[str, Any]:
+        """Make a kernel from such a file; see ``KernelTransfer.admit``. It answers at once. Returns its status."""
+        self._require_started()
+        kernel = self._transfer.admit(data, request, actor)
+        return self.resume(kernel.id) if request.train else self.status(kernel.id)
 
     # -- look -------------------------------------------------------------------------------------------------
 
@@ -165,19 +211,22 @@ class Zeus:
         self.rows.get(kernel_id)
         return self.checkpoint_store.describe(kernel_id)
 
-    def metrics(self, kernel_id: str, since: int | None = None, max_points: int = 2000) -> dict[str, Any]:
-        """Measured steps after ``since`` as columns, thinned to at most ``max_points``."""
+    def metrics(
+        self, kernel_id: str, since: int | None = None, max_points: int = 2000, *, spread: bool = False
+    ) -> dict[str, Any]:
+        """Measured steps after ``since`` as columns of at most ``max_points``; see ``MetricsStore.read``."""
         self.rows.get(kernel_id)
         if not 1 <= max_points <= MAX_METRIC_POINTS:
             raise InvalidRequest(f"max_points must be 1 to {MAX_METRIC_POINTS}, got {max_points}")
-        return self._metrics.read(kernel_id, since, max_points)
+        return self._metrics.read(kernel_id, since, max_points, spread=spread)
 
     def query(self, kernel_id: str, request: QueryRequest) -> dict[str, Any]:
-        """Ask a kernel; never waits for a training step."""
+        """Ask a kernel; never waits for a training step. Raises ``KernelNotFound`` or ``TooManyQueries``."""
         begun = time.perf_counter()
-        kernel = self.rows.get(kernel_id)
-        snapshot = choose_snapshot(kernel, request.checkpoint, self.snapshots, self.checkpoint_store)
-        told = answer(request, snapshot)
+        with self.gate.question():
+            kernel = self.rows.get(kernel_id)
+            snapshot = choose_snapshot(kernel, request.checkpoint, self.snapshots, self.checkpoint_store)
+            told = answer(request, snapshot, self.snapshots.phrases(kernel_id))
         learned_as = self._remember(kernel, request, told["output"]) if request.learn else None
         latency = round((time.perf_counter() - begun) * 1000, 3)
         ready = kernel.state == "converged"
@@ -283,6 +332,12 @@ class Zeus:
         """Keep a checkpoint for ever, or no longer."""
         self.rows.get(kernel_id)
         self.checkpoint_store.pin(kernel_id, name, pinned)
+        return self.checkpoint_store.describe(kernel_id)
+
+    def delete_checkpoint(self, kernel_id: str, name: str) -> dict[str, Any]:
+        """Remove one that is neither the newest, nor pinned, nor in use. Raises ``InvalidAction`` for those."""
+        self.rows.get(kernel_id)
+        self.checkpoint_store.delete(kernel_id, name)
         return self.checkpoint_store.describe(kernel_id)
 
     # -- inside -----------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qig_core.association import LR_FACTOR
 from qig_core.errors import InvalidConfig, InvalidInput
 from qig_core.inference import (
     Answer,
@@ -34,6 +35,7 @@ from qig_core.inference import (
 )
 from qig_core.m8_kernel import Carry, M8Kernel
 from qig_core.optimizers import DiagonalFisherOptimizer
+from qig_core.replay import MAX_SYMBOLS, Distillation
 from qig_core.vocabulary import PAD
 
 __all__ = [
@@ -90,6 +92,11 @@ class TrainingDefaults:
         """Linear warm-up, then constant: a kernel that learns continuously has no last step to anneal to."""
         return self.lr * min(1.0, (step + 1) / max(self.warmup_steps, 1))
 
+    def set_lr(self, optimizer: torch.optim.Optimizer, step: int, scale: float = 1.0) -> None:
+        """The learning rate of a step, for every group in its own proportion."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr_at(step) * scale * group.get("lr_factor", 1.0)
+
     def passes_at(self, step: int, limit: int) -> int:
         """Passes to supervise in this step: all of them in every ``deep_every``-th step, otherwise one.
 
@@ -101,8 +108,12 @@ class TrainingDefaults:
         """DiagonalFisher with decay on matrices of the recursion only, not on embeddings, memory or biases."""
         decayed = [p for name, p in kernel.named_parameters() if name.startswith("blocks.") and p.dim() == 2]
         chosen = {id(p) for p in decayed}
+        linear = [] if kernel.association is None else list(kernel.association.parameters())
+        chosen |= {id(p) for p in linear}
         others = [p for p in kernel.parameters() if id(p) not in chosen]
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        if linear:
+            groups.append({"params": linear, "weight_decay": 0.0, "lr_factor": LR_FACTOR})
         return DiagonalFisherOptimizer(groups, lr=self.lr, betas=self.betas)
 
 
@@ -126,12 +137,16 @@ def supervised_loss(
     supervision_steps: int | None = None,
     observation_weight: float = TrainingDefaults.observation_weight,
     halt_weight: float = TrainingDefaults.halt_weight,
+    noise: torch.Generator | None = None,
+    distillation: Distillation | None = None,
 ) -> LossParts:
     """Deeply supervised loss of a batch: ids [N, T] padded right, loss_mask [N, T] aligned with ids.
 
     ``weights`` [N] >= 0 scale rows (feedback). Total = action nats per byte + observation_weight * nats per byte of
     the observation (it regularises, and gives the basin something to know) + halt_weight * halt loss, averaged over
-    ``supervision_steps`` passes (default: the kernel's own). One backward; the passes share no graph.
+    ``supervision_steps`` passes (default: the kernel's own). One backward; the passes share no graph. ``noise`` draws
+    the recursion's noise of a kernel that has some (``KernelConfig.noise``). ``distillation`` adds alpha times the
+    mean squared distance to stored logits (``replay``), in the first pass.
     """
     if ids.shape != loss_mask.shape:
         raise InvalidInput(f"ids {list(ids.shape)} and loss_mask {list(loss_mask.shape)} must have one shape")
@@ -151,9 +166,9 @@ def supervised_loss(
     groups = min(max(int((ids != PAD).sum()) // _GROUP_SYMBOLS, 1), _MAX_GROUPS)
     for index, length in by_length(ids, groups):
         chunk = _Chunk(ids[index, :length], mask[index, :length], seen[index, :length], row[index], index)
-        _supervise(kernel, chunk, norm, passes, (observation_weight, halt_weight), tally)
+        _supervise(kernel, chunk, norm, passes, (observation_weight, halt_weight), tally, noise, distillation)
     return LossParts(
-        total=torch.stack(tally.losses).sum() / passes,
+        total=torch.stack(tally.losses).sum() / passes + tally.distance(distillation),
         action_nats_per_byte=tally.action,
         observation_nats_per_byte=tally.observation,
         halt=tally.halt,
@@ -189,10 +204,33 @@ class _Tally:
         self.action = self.observation = self.halt = 0.0
         self.exact = torch.zeros(rows, device=device)
         self.item_nats = torch.zeros(rows, device=device)
+        self.distances: list[Tensor] = []
+
+    def distance(self, distillation: Distillation | None) -> Tensor | float:
+        """alpha times the mean distance of the rows that have stored logits."""
+        if distillation is None or not self.distances:
+            return 0.0
+        return distillation.alpha * torch.stack(self.distances).mean()
+
+    def compare(self, chunk: _Chunk, logits: Tensor, distillation: Distillation) -> None:
+        """Note the action's logits of each row, and how far they are from the stored ones."""
+        for number, index in enumerate(chunk.index.tolist()):
+            now = logits[number, chunk.mask[number, 1:]][:MAX_SYMBOLS]  # [S, V]
+            distillation.found[index] = now.detach()
+            stored = distillation.targets[index]
+            if stored is not None:
+                self.distances.append((now - stored.to(now)).square().mean())
 
 
 def _supervise(
-    kernel: M8Kernel, chunk: _Chunk, norm: _Norms, passes: int, weights: tuple[float, float], tally: _Tally
+    kernel: M8Kernel,
+    chunk: _Chunk,
+    norm: _Norms,
+    passes: int,
+    weights: tuple[float, float],
+    tally: _Tally,
+    noise: torch.Generator | None,
+    distillation: Distillation | None,
 ) -> None:
     """Passes over one chunk, each from the detached carry of the one before.
 
@@ -200,7 +238,7 @@ def _supervise(
     """
     carry: Carry | None = None
     for number in range(passes):
-        output = kernel(chunk.ids, carry)
+        output = kernel(chunk.ids, carry, noise=noise)
         target, action = chunk.ids[:, 1:], chunk.mask[:, 1:]  # [C, T - 1]
         logits, row = output.logits[:, :-1], chunk.row.unsqueeze(1)
         nats = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")  # [C, T - 1]
@@ -216,6 +254,8 @@ def _supervise(
             tally.action += float(action_loss.detach())
             tally.observation += float(observation_loss.detach())
             tally.halt += float(halt_loss.detach())
+            if distillation is not None:
+                tally.compare(chunk, logits, distillation)
         again = torch.nonzero(~right).squeeze(-1)
         if len(again) == 0:
             break

@@ -22,17 +22,17 @@ LINEAR_BELOW = 0.45
 BREAKDOWN_FROM = 0.80
 
 
-def regime(phi: float | None, loss_ok: bool | None, diverging: bool) -> Regime:
+def regime(phi: float | None, loss_ok: bool | None, diverging: bool, improving: bool = False) -> Regime:
     """linear (Phi < 0.45), geometric (up to 0.80), breakdown (diverging, or Phi >= 0.80 without having learned).
 
-    An unmeasured Phi (None) is linear: nothing has shown integration. A kernel at Phi >= 0.80 that has learned stays
-    geometric.
+    An unmeasured Phi (None) is linear: nothing has shown integration. At Phi >= 0.80 a kernel that has learned, or
+    whose held-out loss still falls (``improving``), stays geometric: an integrating architecture starts up there.
     """
     if diverging:
         return "breakdown"
     if phi is None or phi < LINEAR_BELOW:
         return "linear"
-    return "breakdown" if phi >= BREAKDOWN_FROM and not loss_ok else "geometric"
+    return "breakdown" if phi >= BREAKDOWN_FROM and not (loss_ok or improving) else "geometric"
 
 
 class PhiWindow:

@@ -108,23 +108,21 @@ class Kernel(Base):
     updated_at: Mapped[float] = mapped_column(Float, default=time.time)
 
 
-class KernelMetric(Base):
-    """One measured step of one kernel. Null means not measured at that step."""
+class MetricPoint(Base):
+    """Measurements of one kernel over the steps ``first_step`` to ``step``; see ``olympus.metrics_pyramid``.
 
-    __tablename__ = "kernel_metrics"
+    ``values`` holds a number per quantity that was measured once, else ``[count, mean, least, greatest, last]``.
+    """
+
+    __tablename__ = "kernel_metric_points"
 
     kernel_id: Mapped[str] = mapped_column(ForeignKey("kernels.id", ondelete="CASCADE"), primary_key=True)
-    step: Mapped[int] = mapped_column(Integer, primary_key=True)
+    level: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    step: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    first_step: Mapped[int] = mapped_column(Integer)
     at: Mapped[float] = mapped_column(Float, default=time.time)
-    loss: Mapped[float | None] = mapped_column(Float)
-    holdout_loss: Mapped[float | None] = mapped_column(Float)
-    baseline_loss: Mapped[float | None] = mapped_column(Float)
-    phi: Mapped[float | None] = mapped_column(Float)
-    kappa: Mapped[float | None] = mapped_column(Float)
     regime: Mapped[str | None] = mapped_column(String(16))
-    grad_norm: Mapped[float | None] = mapped_column(Float)
-    basin_drift: Mapped[float | None] = mapped_column(Float)
-    step_ms: Mapped[float | None] = mapped_column(Float)
+    values: Mapped[dict[str, Any]] = mapped_column(JSON)
 
 
 class Checkpoint(Base):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +34,10 @@ class Event:
 class Subscription:
     """One watcher's queue. Use as a context manager, or ``close()`` it."""
 
-    def __init__(self, hub: EventHub, topics: frozenset[str], capacity: int):
+    def __init__(self, hub: EventHub, topics: frozenset[str], capacity: int, where: Mapping[str, Any]):
         self._hub = hub
         self._topics = topics
+        self._where = dict(where)
         self._capacity = capacity
         self._ready = threading.Condition()
         self._pending: OrderedDict[int, Event] = OrderedDict()
@@ -44,8 +45,12 @@ class Subscription:
         self.closed = False
 
     def wants(self, event: Event) -> bool:
-        """True when the event's topic was asked for; no topics means all."""
-        return not self._topics or event.topic in self._topics or event.topic == RESET_TOPIC
+        """True when the event's topic was asked for (no topics means all) and its data say what was asked for."""
+        if event.topic == RESET_TOPIC:
+            return True
+        if self._topics and event.topic not in self._topics:
+            return False
+        return all(event.data.get(name) == value for name, value in self._where.items())
 
     def offer(self, event: Event) -> None:
         """Called by the hub; never blocks."""
@@ -116,14 +121,21 @@ class EventHub:
         return event
 
     def subscribe(
-        self, topics: Iterable[str] = (), *, last_event_id: int | None = None, capacity: int = 256
+        self,
+        topics: Iterable[str] = (),
+        *,
+        last_event_id: int | None = None,
+        capacity: int = 256,
+        where: Mapping[str, Any] | None = None,
     ) -> Subscription:
         """Watch ``topics`` (none = all). With ``last_event_id``, first deliver what came after it.
+
+        ``where``: only events whose data have these values; others take no room in this watcher's queue.
 
         When the ring no longer holds all of that, or the id is from another process's life, the first event is
         ``reset``: the watcher should fetch the current state anew.
         """
-        subscription = Subscription(self, frozenset(topics), capacity)
+        subscription = Subscription(self, frozenset(topics), capacity, where or {})
         with self._lock:
             if last_event_id is not None and last_event_id != self._next - 1:
                 self._replay(subscription, last_event_id)

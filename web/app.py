@@ -14,7 +14,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from olympus.errors import ModelNotReady
 from settings import ROOT, Settings, load_settings
 from telemetry.metrics import EngineTotals, Metrics, Sources
-from web import auth, errors, headers, history, kernels, openai, ops, pages, stream
+from web import auth, errors, headers, history, kernel_files, kernels, openai, ops, pages, pantheon, stream
 from web.assets import Assets
 from web.jsonio import JsonProvider
 from web.origin import HostGuard
@@ -40,7 +40,7 @@ def create_app(settings: Settings | None = None, runtime: Runtime | None = None)
         hops = server.trusted_proxies
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]
     _install(app, runtime)
-    for module in (ops, openai, kernels, history, stream, pages):
+    for module in (ops, openai, kernels, kernel_files, pantheon, history, stream, pages):
         app.register_blueprint(module.blueprint)
     auth.check_every_view_is_guarded(app)
     return app

@@ -9,7 +9,7 @@ never leaves the server: the client gets the request id, the log gets the traceb
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -55,6 +55,7 @@ class Problem:
     errors: tuple[FieldError, ...] = ()
     retry_after: float | None = None
     headers: tuple[tuple[str, str], ...] = field(default=())
+    extensions: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -109,7 +110,7 @@ def problem_of(error: Exception, path: str, request_id: str) -> Problem:
 
 def _of_domain(error: Exception) -> Problem | None:
     if isinstance(error, OlympusError):
-        return Problem(error.status, error.code, str(error), retry_after=error.retry_after)
+        return Problem(error.status, error.code, str(error), retry_after=error.retry_after, extensions=error.extensions)
     if isinstance(error, RequestError):
         code = "context_length_exceeded" if isinstance(error, PromptTooLong) else "invalid_value"
         return Problem(400, code, str(error), (FieldError(error.param or "messages", str(error), code),))
@@ -133,8 +134,10 @@ def _of_http(error: HTTPException) -> Problem:
         allowed = ", ".join(sorted(error.valid_methods or ()))
         detail = f"{request.method} is not possible here; possible: {allowed}"
     elif isinstance(error, RequestEntityTooLarge):
-        limit = current_app.config["MAX_CONTENT_LENGTH"]
-        detail = f"the body is larger than {limit} bytes, which is the limit (server.max_body_bytes)"
+        limit = request.max_content_length
+        usual = limit == current_app.config["MAX_CONTENT_LENGTH"]
+        setting = "server.max_body_bytes" if usual else "kernels.import_max_bytes"
+        detail = f"the body is larger than {limit} bytes, which is the limit ({setting})"
     elif type(error) is NotFound and error.description == NotFound.description:
         detail = f"there is nothing at {request.path}"
     return Problem(status, code, detail, headers=kept)
@@ -185,6 +188,7 @@ def _problem_json(problem: Problem) -> dict[str, Any]:
         "instance": request.path,
         "code": problem.code,
         "request_id": request_id(),
+        **problem.extensions,
     }
     if problem.errors:
         body["errors"] = [item.to_json() for item in problem.errors]

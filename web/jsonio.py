@@ -62,7 +62,7 @@ def parse_body(model: type[Model]) -> Model:
             "unsupported_media_type",
             f"send JSON with the header Content-Type: application/json{f', not {given[:80]}' if given else ''}",
         )
-    raw = _read()
+    raw = read_body()
     if not raw.strip():
         raise ApiError(400, "empty_body", "the body is empty; send a JSON object, {} at the least")
     try:
@@ -71,8 +71,10 @@ def parse_body(model: type[Model]) -> Model:
         raise _explained(error, model) from None
 
 
-def _read() -> bytes:
-    """The body. Werkzeug cuts a chunked one off at the limit without a word; here that is a 413, too."""
+def read_body() -> bytes:
+    """The current request's body, at most ``request.max_content_length`` bytes. Raises 413.
+
+    Werkzeug cuts a chunked one off at the limit without a word; here that is a 413, too."""
     raw = request.get_data(cache=False)
     limit = request.max_content_length
     if request.content_length is None and limit is not None and len(raw) >= limit:

@@ -73,7 +73,7 @@ def checkpoints(kernel_id: str) -> ResponseReturnValue:
 def metrics(kernel_id: str) -> ResponseReturnValue:
     """What was measured, as columns."""
     query = parse_query(MetricsQuery)
-    return jsonify(runtime().zeus.metrics(kernel_id, query.since, query.max_points))
+    return jsonify(runtime().zeus.metrics(kernel_id, query.since, query.max_points, spread=query.spread))
 
 
 @blueprint.post("/<kernel:kernel_id>/experiences")
@@ -135,6 +135,13 @@ def unpin(kernel_id: str, name: str) -> ResponseReturnValue:
 
 def _pinned(kernel_id: str, name: str, pinned: bool) -> dict[str, Any]:
     return runtime().zeus.pin(kernel_id, name, pinned)
+
+
+@blueprint.delete("/<kernel:kernel_id>/checkpoints/<checkpoint:name>")
+@requires("kernels:write")
+def delete_checkpoint(kernel_id: str, name: str) -> ResponseReturnValue:
+    """Remove a checkpoint that nothing needs."""
+    return jsonify(runtime().zeus.delete_checkpoint(kernel_id, name))
 
 
 @blueprint.delete("/<kernel:kernel_id>")

@@ -260,10 +260,23 @@ class MetricsQuery(_Body):
 
     since: Annotated[int, Field(ge=0, le=_ID_LIMIT)] | None = None
     max_points: Annotated[int, Field(ge=1, le=10_000)] = 2000
+    spread: bool = False
+
+
+class ProposalsQuery(_Body):
+    """``GET /olympus/proposals``."""
+
+    limit: Annotated[int, Field(ge=1, le=500)] = 50
 
 
 class StreamQuery(_Body):
     """``GET /olympus/stream``: topics separated by commas; none means all."""
 
     topics: Annotated[str, StringConstraints(max_length=500)] = ""
+    last_event_id: Annotated[int, Field(ge=0, le=_ID_LIMIT)] | None = None
+
+
+class KernelStreamQuery(_Body):
+    """``GET /olympus/kernels/<id>/events``."""
+
     last_event_id: Annotated[int, Field(ge=0, le=_ID_LIMIT)] | None = None

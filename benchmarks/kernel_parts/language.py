@@ -33,7 +33,7 @@ from qig_core.language import bits_per_byte, random_windows, text_loss
 from qig_core.learning import TrainingDefaults
 from qig_core.m8_kernel import KernelConfig, M8Kernel
 
-CPU_SECONDS = 240.0  # of training, per arm and seed
+CPU_SECONDS = 120.0  # of training, per arm and seed
 SWEEP_SECONDS = 40.0
 SWEEP_BYTES = 30_000  # of the held-out text, enough to choose a learning rate by
 TURN_SECONDS = 2.0

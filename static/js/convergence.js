@@ -3,36 +3,41 @@
 import { h, s } from "./dom.js";
 import { decimal, integer, isNumber, measured } from "./format.js";
 
-const WINDOW = 100;
+/* What the server calls a condition, what people do, and how its number and threshold are written. */
+const NAMES = {
+  window: { name: "Φ measured often enough", format: integer, asks: (threshold) => `of ${integer(threshold)}` },
+  phi: { name: "Φ high: mean of the last 100", format: decimal, asks: (threshold) => `above ${threshold}` },
+  stable: { name: "Φ steady: their deviation", format: decimal, asks: (threshold) => `below ${threshold}` },
+  learned: { name: "Predicts better than the baseline", format: decimal, asks: (threshold) => `below ${decimal(threshold)}` },
+  plateau: { name: "No longer improving", format: integer, asks: (threshold) => `at least ${integer(threshold)}` },
+};
 
-/** The conditions as {name, met (true, false or null = cannot be said yet), number, why}. */
+/** The conditions as {name, met (true, false or null = cannot be said yet), value, format, asks, why}. */
 export function conditionsOf(kernel) {
-  const c = kernel.convergence ?? {};
-  const threshold = c.phi_threshold ?? 0.7;
-  const spread = c.std_threshold ?? 0.05;
-  const filled = c.steps_in_window ?? 0;
-  const waiting = filled < WINDOW ? `${integer(filled)} of the last ${WINDOW} values measured` : "";
-  const { holdout, baseline_context_free: baseline, gate } = kernel.loss;
-  const both = isNumber(holdout) && isNumber(baseline);
-  return [
-    { name: `Φ above ${threshold}`, met: waiting ? null : c.phi_ok, value: c.phi_mean ?? null, why: ["mean of the last 100", waiting].filter(Boolean).join("; ") },
-    { name: `Φ steady, spread below ${spread}`, met: waiting ? null : c.stable_ok, value: waiting ? null : c.phi_std, why: ["standard deviation of the last 100", waiting].filter(Boolean).join("; ") },
-    { name: "Predicts better than the baseline", met: both ? c.loss_ok ?? null : null, value: both ? holdout - baseline : null,
-      why: both ? `held-out ${decimal(holdout)}, baseline ${decimal(baseline)} nats per byte; ${gate}` : gate },
-  ];
+  return (kernel.convergence?.conditions ?? []).map(({ name, ok, value, threshold, reason }) => {
+    const known = NAMES[name] ?? { name, format: decimal, asks: (limit) => `threshold ${limit}` };
+    return {
+      name: known.name, met: ok, value, format: known.format,
+      asks: isNumber(threshold) ? known.asks(threshold) : "", why: sentence(reason),
+    };
+  });
+}
+
+/** A reason of the server as a sentence for people. */
+export function sentence(reason) {
+  const text = reason.replaceAll("Phi", "Φ");
+  return `${text.charAt(0).toUpperCase()}${text.slice(1)}.`;
 }
 
 const MARKS = { true: "M2 7.5l3.5 3.5L12 3.5", false: "M3 3l8 8M11 3l-8 8", null: "M3 7h8" };
 const WORDS = { true: "met", false: "not met", null: "cannot be said yet" };
 
-export function conditionItem({ name, met, value, why }, reason) {
+export function conditionItem({ name, met, value, format, asks, why }) {
   return h("li", {},
     s("svg", { class: "condition-mark", viewBox: "0 0 14 14", role: "img", "aria-label": WORDS[String(met)], "data-met": String(met) }, s("path", { d: MARKS[String(met)] })),
-    h("span", {}, name), measured(value, signed(name), reason), h("span", { class: "why" }, why));
-}
-
-function signed(name) {
-  return name.startsWith("Predicts") ? (value) => `${value > 0 ? "+" : "−"}${decimal(Math.abs(value))}` : decimal;
+    h("span", {}, name),
+    h("span", { class: "condition-number" }, measured(value, format, why), asks === "" ? null : h("span", { class: "hint" }, ` ${asks}`)),
+    h("span", { class: "why" }, why));
 }
 
 const DOING = {

@@ -4,7 +4,7 @@ import { announce, byId, h, reconcile, replace, toast } from "./dom.js";
 import { api } from "./api.js";
 import { ago, bytes, decimal, duration, integer, isNumber, measured, percent } from "./format.js";
 import { drawGuides, StepChart } from "./chart.js";
-import { conditionItem, conditionsOf, sentenceOf } from "./convergence.js";
+import { conditionItem, conditionsOf, sentence, sentenceOf } from "./convergence.js";
 import { wireForms } from "./kernel_forms.js";
 import { domainText, stateBadge, stateText } from "./kernel_view.js";
 import { Metrics } from "./metrics.js";
@@ -14,6 +14,7 @@ const id = byId("kernel").dataset.kernelId;
 const path = `/olympus/kernels/${encodeURIComponent(id)}`;
 const metrics = new Metrics(`${path}/metrics`);
 const TABLE_ROWS = 50;
+const NEVER_DELETED = ["latest", "pinned", "in_use"];
 const WIDE_SPAN = 20; // on a linear scale, what is below 1/20 of the top looks like zero
 let kernel = null;
 let gone = false; // deleted: whatever is asked now would be answered with 404
@@ -43,12 +44,12 @@ function drawPhi(plot) {
 
 /** mean ± std of the last 100 measured values, over the steps they were measured at. */
 function phiBand(c) {
-  if (!isNumber(c.phi_mean) || !isNumber(c.phi_std) || c.steps_in_window < 100) return null;
+  if (!isNumber(c.phi_mean100) || !isNumber(c.phi_std100) || c.steps_in_window < 100) return null;
   const { step, phi } = metrics.columns;
   const measuredSteps = step.filter((_, index) => phi[index] !== null);
   if (measuredSteps.length < 2) return null;
   const first = measuredSteps.at(-Math.min(100, measuredSteps.length));
-  return { from: first, to: measuredSteps.at(-1), low: c.phi_mean - c.phi_std, high: c.phi_mean + c.phi_std };
+  return { from: first, to: measuredSteps.at(-1), low: c.phi_mean100 - c.phi_std100, high: c.phi_mean100 + c.phi_std100 };
 }
 
 let scaleChosen = false; // by the reader; until then the span of the values decides
@@ -117,25 +118,30 @@ function renderHead() {
 
 function renderConvergence() {
   const convergence = kernel.convergence ?? { converged: false, reason: "nothing has been measured yet" };
-  replace(byId("conditions"), conditionsOf(kernel), () => conditionsOf(kernel).map((item) => conditionItem(item, item.why)));
+  replace(byId("conditions"), conditionsOf(kernel), () => conditionsOf(kernel).map(conditionItem));
   replace(byId("conv-verdict"), convergence.converged, () => stateBadge(convergence.converged ? "converged" : "queued", convergence.converged ? "converged" : "not yet"));
-  const reason = convergence.reason.replaceAll("Phi", "Φ");
-  byId("conv-reason").textContent = `${reason.charAt(0).toUpperCase()}${reason.slice(1)}.`;
+  byId("conv-reason").textContent = convergence.converged || conditionsOf(kernel).length === 0 ? sentence(convergence.reason) : "";
 }
 
 function numberRows() {
-  const { loss, phi, basin, buffer, optimizer, throughput, cost } = kernel;
+  const { loss, phi, basin, buffer, optimizer, throughput, cost, plasticity, prequential, drift } = kernel;
   const idle = kernel.state === "training" ? "no step yet" : "it is not training";
   const noBuffer = "the buffer is filled when it trains";
+  const noNews = "new experiences are put to it before it learns from them; none came yet";
   return [
     ["Regime", phi.value === null ? null : kernel.regime, phi.reason],
     ["Φ now", phi.value, phi.reason, decimal],
     ["κ, coupling", kernel.kappa, phi.reason, decimal],
     ["Basin drift", basin.drift, loss.gate, decimal],
     ["Best held-out", loss.best, loss.gate, (value) => `${decimal(value)} at step ${integer(loss.best_step)}`],
+    ["Loss on new experiences", prequential?.loss, noNews, (value) => `${decimal(value)} nats per byte`],
+    ["Right on new experiences", prequential?.accuracy, noNews, (value) => `${percent(value)}, ${integer(prequential.tested)} asked`],
+    ["Drifts noticed", drift?.detections, noNews, integer],
+    ["Dead units", plasticity?.dead_units, "looked at with the examinations", (value) => `${integer(value)} of ${integer(plasticity.units)}`],
+    ["Effective rank", plasticity?.eff_rank, "looked at with the examinations", (value) => `${decimal(value, 1)} of ${integer(plasticity.width)}`],
     ["Throughput", throughput.steps_per_second, idle, (value) => `${decimal(value, 1)} steps/s`],
     ["One step", throughput.step_ms, idle, (value) => duration(value / 1000)],
-    ["Cost of Φ", cost.phi_share, idle, (value) => `${percent(value)} of training`],
+    ["Measuring and saving", cost.overhead_share, idle, (value) => `${percent(value)} of its time`],
     ["Learning rate", optimizer.lr, idle, (value) => value.toExponential(1)],
     ["Gradient norm", optimizer.grad_norm, idle, decimal],
     ["Experiences", buffer?.size, noBuffer, (value) => `${integer(value)} of ${integer(buffer.capacity)}`],
@@ -168,8 +174,9 @@ const ACTIONS = [
 
 function renderActions() {
   const box = byId("kernel-actions");
-  replace(box, kernel.state, () => [
+  replace(box, [kernel.state, kernel.last_checkpoint !== null], () => [
     ...ACTIONS.filter(({ when }) => when.includes(kernel.state)).map(({ name, label }) => h("button", { class: "button", type: "button", onclick: () => act(name, label) }, label)),
+    kernel.last_checkpoint === null ? null : h("a", { class: "button", href: `${path}/export?include=training`, download: "" }, "Download"),
     h("button", { class: "button", type: "button", dataset: { kind: "danger" }, onclick: askDelete }, "Delete"),
   ]);
 }
@@ -210,7 +217,7 @@ function checkpointRow(item) {
   const place = `${path}/checkpoints/${encodeURIComponent(item.id)}`;
   const change = async (action) => {
     try {
-      await api.post(`${place}/${action}`);
+      await (action === "delete" ? api.delete(place) : api.post(`${place}/${action}`));
       toast(`Checkpoint of step ${integer(item.step)}: ${action} done.`);
     } catch (error) {
       toast(`Checkpoint of step ${integer(item.step)}: ${error.message}`, "bad");
@@ -225,7 +232,8 @@ function checkpointRow(item) {
     h("td", { class: "num", "data-label": "Φ" }, measured(item.metrics.phi, decimal, "not measured before it was written")),
     h("td", { class: "num", "data-label": "Size" }, bytes(item.bytes)),
     h("td", { class: "wide", "data-label": "Kept by" }, item.valid === false ? h("strong", {}, "damaged: it is not used") : kept),
-    h("td", { class: "wide" }, h("span", { class: "button-row" }, button(item.pinned ? "Unpin" : "Pin", () => change(item.pinned ? "unpin" : "pin")), button("Restore", () => change("restore")))));
+    h("td", { class: "wide" }, h("span", { class: "button-row" }, button(item.pinned ? "Unpin" : "Pin", () => change(item.pinned ? "unpin" : "pin")), button("Restore", () => change("restore")),
+      item.kept_by.some((rule) => NEVER_DELETED.includes(rule)) ? null : button("Delete", () => change("delete")))));
 }
 
 async function readCheckpoints() {

@@ -6,6 +6,7 @@ export async function* readEvents(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = "";
   let fields = blank();
+  let told = null; // the newest id that went out: a block that only moves it is an event without data
   try {
     for (;;) {
       const { value, done } = await reader.read();
@@ -16,7 +17,8 @@ export async function* readEvents(body) {
       buffer = lines.pop();
       for (const line of lines) {
         if (line === "") {
-          if (fields.data !== null || fields.retry !== null) yield finish(fields);
+          if (fields.data !== null || fields.retry !== null || fields.id !== told) yield finish(fields);
+          told = fields.id;
           fields = { ...blank(), id: fields.id };
         } else if (line.startsWith(":")) {
           yield { comment: line.slice(1).trim() };

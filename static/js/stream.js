@@ -87,8 +87,8 @@ export class LiveStream {
     for await (const message of readEvents(body)) {
       this.#attempt = 0;
       this.#seen();
-      if (message.comment !== undefined || message.data === null) continue;
       if (message.id) this.#lastId = message.id;
+      if (message.comment !== undefined || message.data === null) continue;
       this.#emit(message.event, JSON.parse(message.data));
     }
   }

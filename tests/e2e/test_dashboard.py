@@ -128,7 +128,13 @@ def test_spawn_a_kernel_and_watch_it_learn(watched):
     first = page.evaluate(steps)
     watched.until(f"{steps} > {first + 20}", 90)
     watched.until(f"{summary}.includes('against')", 90)
-    assert page.locator("#conditions > li").count() == 3
+    conditions = page.locator("#conditions > li")
+    assert conditions.count() == 5
+    for line in conditions.all():  # each with its mark, its number or why there is none, what it asks for, and why
+        assert line.locator(".condition-mark").get_attribute("data-met") in ("true", "false", "null")
+        assert line.locator(".condition-number").inner_text().strip()
+        assert len(line.locator(".why").inner_text()) > 10
+    assert "above 0.7" in conditions.nth(1).inner_text()
     page.locator("#loss-scale").click()
     page.locator("#loss-chart canvas").wait_for()
     page.locator("#loss-scale").click()

@@ -18,7 +18,7 @@ def test_events_are_parsed_as_the_standard_says(watched):
         "sse.js",
         r"""
         const parts = ['id: 7\r\nevent: a\r\nda', 'ta: {"x":1}\r\n\r', '\n: beat\n\ndata: one\ndata: two\n\n',
-                       'data: unfinished'];
+                       ':\nid: 9\n\n:\nid: 9\n\n', 'data: unfinished'];
         const body = new ReadableStream({start(c) {
           for (const part of parts) c.enqueue(new TextEncoder().encode(part));
           c.close();
@@ -27,9 +27,10 @@ def test_events_are_parsed_as_the_standard_says(watched):
         for await (const event of m.readEvents(body)) found.push(event);
         return found;""",
     )
-    assert [event.get("comment") for event in events] == [None, "beat", None]
+    assert [event.get("comment") for event in events] == [None, "beat", None, "", None, ""]
     assert (events[0]["id"], events[0]["event"], events[0]["data"]) == ("7", "a", '{"x":1}')
     assert (events[2]["event"], events[2]["data"]) == ("message", "one\ntwo")
+    assert (events[4]["id"], events[4]["data"]) == ("9", None), "nothing was missed up to here; told once"
 
 
 def test_what_a_model_says_never_becomes_an_element(watched):

@@ -1,7 +1,7 @@
 """A kernel of the default preset reaches an honest ``converged`` on real data; on shuffled labels it never does.
 
-Both integrate: that is the architecture's doing. Only the one that learned, and has learned all that it can for now,
-may be called converged.
+Both integrate at first: that is the architecture's doing. Only the one that learned, and has learned all that it can for
+now, may be called converged.
 """
 
 from __future__ import annotations
@@ -97,8 +97,6 @@ def test_a_default_kernel_converges_and_its_shuffled_control_does_not(shared_dat
             gates.add(control.session.progress.loss_ok)
         print(f"shuffled: {control}")  # noqa: T201
         assert verdict is None or verdict.state != "converged"
-        judged = control.session.convergence()
-        assert judged.phi_ok, "the architecture integrates whatever the labels are"
         assert True not in gates, "the control passed the learning gate"
     finally:
         database.close()

@@ -112,3 +112,12 @@ def test_feedback_can_come_later(history: History) -> None:
     assert (record.feedback, record.score) == ("Correct!", 1.0)
     assert history.get(1) == record
     assert history.give_feedback(99, "x", None) is None
+
+
+def test_domains_are_counted_without_what_was_deleted(history: History) -> None:
+    assert history.domains() == {}
+    history.append([_new("one"), _new("two"), _new("three", domain="maths")])
+    assert history.domains() == {"general": (2, 2), "maths": (1, 3)}
+    history.delete(experience_id=2)
+    history.delete(domain="maths")
+    assert history.domains() == {"general": (1, 1)}

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from memory.history import History, NewExperience
-from olympus.kernel_state import KernelPlan
+from olympus.kernel_archive import Identity, Origin, pack, stream
+from olympus.kernel_state import KernelPlan, KernelState
 from olympus.requests import ExperienceIn, SpawnRequest
 from olympus.zeus import Zeus
+from qig_core.learning import collate, supervised_loss
+from qig_core.vocabulary import encode_pair
 from settings import Settings, load_settings
 from storage.database import Database
 from telemetry.hub import EventHub
 
-TINY: dict[str, Any] = {"width": 16, "hidden": 16, "heads": 2, "context": 64, "supervision_steps": 1}
+TINY: dict[str, Any] = {"width": 16, "hidden": 16, "heads": 2, "context": 64, "supervision_steps": 1, "ngram_buckets": 0}
 
 
 @dataclass
@@ -52,7 +55,14 @@ class World:
 
 def make_settings(tmp_path: Path, **kernels: Any) -> Settings:
     """Settings for tests; nothing is read from the environment."""
-    chosen = {"spawn_default": False, "batch_size": 4, "evaluate_every": 10, **kernels}
+    chosen = {
+        "spawn_default": False,
+        "batch_size": 4,
+        "evaluate_every": 10,
+        "evaluation_share": 1.0,
+        "niceness": 0,
+        **kernels,
+    }
     return load_settings(environ={}, overrides={"data_dir": str(tmp_path / "data"), "kernels": chosen})
 
 
@@ -72,3 +82,34 @@ def write_facts(history: History, count: int, start: int = 0, domain: str = "d")
 def tiny_plan() -> KernelPlan:
     """The plan of ``World.tiny``."""
     return KernelPlan.make("nano", TINY)
+
+
+def trained_state(steps: int = 3, seed: int = 1) -> KernelState:
+    """A tiny kernel that has taken some steps, with a best one behind it."""
+    state = KernelState(tiny_plan(), seed)
+    batch = collate([encode_pair(item.observation, item.action, 64) for item in facts(6)])
+    for _ in range(steps):
+        state.optimizer.zero_grad(set_to_none=True)
+        supervised_loss(state.kernel, batch.ids, batch.loss_mask).total.backward()  # type: ignore[no-untyped-call]
+        state.optimizer.step()
+        state.ema.update(state.kernel)
+        state.progress.step += 1
+        if state.progress.step == 2:
+            state.remember_best()
+            state.progress.best_loss, state.progress.best_step = 1.25, 2
+    return state
+
+
+def archive_files(
+    state: KernelState | None = None, *, training: bool = False, name: str = "pallas"
+) -> dict[str, bytes]:
+    """The files of a kernel's archive."""
+    state = state or trained_state()
+    identity = Identity(god_name=name, domain="d", seed=state.seed)
+    origin = Origin(name=f"step-{state.progress.step:08d}", step=state.progress.step, weights="ema", holdout_loss=1.5)
+    return pack(identity, origin, state, state.ema.shadow.state_dict(), training=training)
+
+
+def archive_bytes(state: KernelState | None = None, *, training: bool = False, name: str = "pallas") -> bytes:
+    """A kernel's archive."""
+    return b"".join(stream(archive_files(state, training=training, name=name)))

@@ -238,3 +238,73 @@ def test_domains_are_kept_apart_and_the_star_sees_all(history: History, database
     ExperienceSource(history, "d").sync(mine)
     ExperienceSource(history, "*").sync(everything)
     assert (len(mine), len(everything)) == (1, 2)
+
+
+def test_a_prioritised_share_goes_to_what_is_known_worst() -> None:
+    buffer = ExperienceBuffer(256, 5, seed=1, priority_share=0.5)
+    for number in range(1, 101):
+        buffer.add(record(number))
+    held = [item.id for item in buffer.training()]
+    buffer.learned(held, [2.0 if item == held[0] else 0.01 for item in held])
+    drawn = Counter(item.id for step in range(100) for item in buffer.sample(16, step))
+    plain = 100 * 16 / len(held)
+    assert drawn[held[0]] > 5 * plain
+    draw = buffer.draw(16, step=3)
+    assert draw == buffer.draw(16, step=3)
+    assert draw.weights[8:] == [1.0] * 8
+    assert min(draw.weights[:8]) < 1.0
+    by_id = dict(zip([item.id for item in draw.examples], draw.weights, strict=True))
+    assert by_id.get(held[0], 0.0) < 1.0
+    buffer.check_invariants()
+
+
+def test_without_a_prioritised_share_every_row_counts_the_same() -> None:
+    buffer = ExperienceBuffer(256, 5, seed=1)
+    for number in range(1, 50):
+        buffer.add(record(number))
+    assert buffer.draw(16, 0).weights == [1.0] * 16
+    assert buffer.state_dict()["priorities"] is None
+
+
+def test_priorities_are_part_of_what_is_restored() -> None:
+    live = ExperienceBuffer(64, 15, seed=9, priority_share=0.5)
+    rows = [record(number) for number in range(1, 200)]
+    for row in rows:
+        live.add(row)
+        live.learned([item.id for item in live.sample(4, row.id)], [row.id / 100] * 4) if live.training() else None
+        live.check_invariants()
+    restored = ExperienceBuffer(64, 15, seed=9, priority_share=0.5)
+    restored.load_state_dict(live.state_dict(), rows)
+    restored.check_invariants()
+    assert restored.state_dict() == live.state_dict()
+    for number in range(200, 240):
+        for buffer in (live, restored):
+            buffer.add(record(number))
+    assert [live.draw(16, step) for step in range(20)] == [restored.draw(16, step) for step in range(20)]
+    plain = ExperienceBuffer(64, 15, seed=9, priority_share=0.5)
+    plain.load_state_dict({**live.state_dict(), "priorities": None}, [*rows, *(record(n) for n in range(200, 240))])
+    plain.check_invariants()
+
+
+def test_a_source_at_its_cap_replaces_only_its_own() -> None:
+    buffer = ExperienceBuffer(100, 10, seed=2, source_cap_percent=40)
+    for number in range(1, 31):
+        buffer.add(record(number, source="api"))
+    kept = {item.id for item in buffer.training()}
+    for number in range(31, 2000):
+        buffer.add(record(number, source="chat"))
+        buffer.check_invariants()
+    state = buffer.state_dict()
+    flood = [item.id for item in buffer.training() if item.source == "chat"]
+    assert kept <= {item.id for item in buffer.training()}
+    assert len([item for item in state["recent"] if item in flood]) == buffer.recent_capacity * 40 // 100
+    assert len([item for item in state["reservoir"] if item in flood]) == buffer.reservoir_capacity * 40 // 100
+    in_reservoir = [item for item in state["reservoir"] if item in flood]
+    assert min(in_reservoir) < 1000  # a sample of all that the source sent, not the newest
+    restored = ExperienceBuffer(100, 10, seed=2, source_cap_percent=40)
+    restored.load_state_dict(state, [record(n, source="api" if n < 31 else "chat") for n in range(1, 2000)])
+    assert restored.state_dict() == state
+    for number in range(2000, 2100):
+        for each in (buffer, restored):
+            each.add(record(number, source="chat"))
+    assert restored.state_dict() == buffer.state_dict()

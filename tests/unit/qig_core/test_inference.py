@@ -120,7 +120,7 @@ def test_greedy_generation_follows_the_argmax_and_scores_itself(kernel: M8Kernel
     assert not made.finished
     assert made.mean_log_prob == pytest.approx(total / 5, abs=1e-4)
     assert made.confidence == pytest.approx(math.exp(made.mean_log_prob))
-    assert (made.depth, made.halted_at) == (1.0, 1)
+    assert made.depth == 1
 
 
 def test_sampling_is_repeatable_and_obeys_the_alphabet(kernel: M8Kernel):

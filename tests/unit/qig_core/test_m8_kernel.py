@@ -25,7 +25,7 @@ def _ids(rows: int = 3, length: int = 40, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("preset", "least", "most"),
-    [("nano", 50_000, 105_000), ("micro", 250_000, 400_000), ("small", 900_000, 1_200_000)],
+    [("nano", 150_000, 250_000), ("micro", 600_000, 800_000), ("small", 900_000, 1_200_000)],
 )
 def test_presets_have_their_size(preset: str, least: int, most: int):
     assert least <= M8Kernel(KernelConfig.preset(preset)).parameter_count() <= most
@@ -146,6 +146,7 @@ def test_config_round_trip_and_overrides():
         ({"halt_bias": float("nan")}, "finite"),
         ({"width": 1_000_000}, "width=1000000 must be at most 512"),
         ({"blocks": 100_000}, "blocks=100000 must be at most 4"),
+        ({"width": 4, "heads": 2, "core": 8}, "core=8 must be at most width=4"),
     ],
 )
 def test_impossible_configurations_are_errors(values: dict, message: str):

@@ -36,6 +36,11 @@ def test_regime_table(phi: float | None, loss_ok: bool | None, diverging: bool, 
     assert regime(phi, loss_ok, diverging) == expected
 
 
+def test_a_kernel_that_still_improves_is_not_in_breakdown():
+    assert regime(0.9, False, False, improving=True) == "geometric"
+    assert regime(0.9, False, True, improving=True) == "breakdown"
+
+
 def test_window_keeps_the_newest_and_uses_the_population_deviation():
     window = _window([0.0, 0.2, 0.4, 0.6], size=3)
     assert len(window) == 3

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from storage import migrate
 from storage.database import Database
 from storage.errors import DatabaseUnavailable, SchemaTooNew
-from storage.models import Base, Experience, KernelMetric
+from storage.models import Base, Experience, MetricPoint
 
 
 @pytest.fixture
@@ -87,13 +87,51 @@ def test_sqlite_is_durable_and_enforces_foreign_keys(database: Database) -> None
         pragmas = {name: session.scalar(sa.text(f"PRAGMA {name}")) for name in ("journal_mode", "synchronous")}
     assert pragmas == {"journal_mode": "wal", "synchronous": 2}
     with pytest.raises(sa.exc.IntegrityError), database.write() as session:
-        session.add(KernelMetric(kernel_id="nobody", step=1))
+        session.add(MetricPoint(kernel_id="nobody", level=0, step=1, first_step=1, values={}))
 
 
 def test_migrations_and_models_agree(database: Database) -> None:
     assert migrate.current(database) == migrate.head()
     assert migrate.drift(database) == []
     assert migrate.upgrade(database) is None
+
+
+def test_measurements_of_the_first_schema_are_taken_over(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/old.db")
+    config = migrate._config()
+    with database.transaction() as connection:
+        config.attributes["connection"] = connection
+        migrate.command.upgrade(config, "0001")
+        kernel = {"id": "athena-000000", "god_name": "athena", "domain": "d", "state": "paused", "config": "{}"}
+        kernel |= {"state_reason": "", "wanted": "pause", "step": 9, "seed": 1, "parents": "[]", "reason": ""}
+        kernel |= {"summary": "{}", "created_at": 0.0, "updated_at": 0.0}
+        names = ", ".join(kernel)
+        connection.execute(sa.text(f"INSERT INTO kernels ({names}) VALUES (:{names.replace(', ', ', :')})"), kernel)
+        connection.execute(
+            sa.text(
+                "INSERT INTO kernel_metrics (kernel_id, step, at, loss, phi, regime) VALUES (:k, :s, 1.5, :l, :p, :r)"
+            ),
+            [
+                {"k": "athena-000000", "s": s, "l": s / 2, "p": 0.25 if s == 8 else None, "r": "linear"}
+                for s in (3, 8, 9)
+            ],
+        )
+    migrate.upgrade(database)
+    assert migrate.drift(database) == []
+    with database.read() as session:
+        rows = session.scalars(sa.select(MetricPoint).order_by(MetricPoint.step)).all()
+        found = [(row.level, row.first_step, row.step, row.at, row.regime, row.values) for row in rows]
+    assert found == [
+        (0, 1, 3, 1.5, "linear", {"loss": 1.5}),
+        (0, 4, 8, 1.5, "linear", {"loss": 4.0, "phi": 0.25}),
+        (0, 9, 9, 1.5, "linear", {"loss": 4.5}),
+    ]
+    with database.transaction() as connection:
+        config.attributes["connection"] = connection
+        migrate.command.downgrade(config, "0001")
+        back = connection.execute(sa.text("SELECT step, loss, phi FROM kernel_metrics ORDER BY step")).all()
+    assert [tuple(row) for row in back] == [(3, 1.5, None), (8, 4.0, 0.25), (9, 4.5, None)]
+    database.close()
 
 
 def test_a_newer_schema_is_refused(database: Database) -> None:
@@ -128,6 +166,6 @@ def test_a_database_that_cannot_be_opened_says_so(tmp_path: Path) -> None:
 
 def test_every_table_of_the_design_exists() -> None:
     assert set(Base.metadata.tables) >= {
-        "experiences", "episodes", "sessions", "kernels", "kernel_metrics", "checkpoints", "cartridges",
+        "experiences", "episodes", "sessions", "kernels", "kernel_metric_points", "checkpoints", "cartridges",
         "distillation_runs", "api_keys", "audit",
     }  # fmt: skip

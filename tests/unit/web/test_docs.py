@@ -12,6 +12,7 @@ from flask.testing import FlaskClient
 from olympus.access import SCOPES
 from olympus.requests import QueryRequest, SpawnRequest
 from settings import ROOT
+from tests.unit.olympus.kernel_world import archive_bytes
 from tests.unit.web.conftest import MakeRuntime
 from web.app import create_app
 from web.auth import OPEN
@@ -68,6 +69,8 @@ def _send(client: FlaskClient, command: str) -> int:
     method = re.search(r"-X (\w+)", command)
     assert path is not None, command
     data = {} if body is None else {"json": json.loads(body.group(1))}
+    if "--data-binary" in command:
+        data, method = {"data": archive_bytes(), "content_type": "application/zip"}, re.search("(POST)", "POST")
     if "-c jar" in command:
         data, method = {"data": {"key": "x"}}, re.search("(POST)", "POST")
     chosen = method.group(1) if method else ("POST" if body else "GET")

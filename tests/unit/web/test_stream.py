@@ -131,7 +131,7 @@ def test_silence_is_filled_with_comments(world: World, monkeypatch: pytest.Monke
     monkeypatch.setattr(stream, "_HEARTBEAT_SECONDS", 0.1)
     reader = Reader(world[0].get(PATH))
     reader.next(), reader.next()
-    assert reader.next() == {"comment": ""}
+    assert reader.next() == {"comment": "", "id": str(world[1].hub.last_id)}
     reader.response.close()
     assert 10 > 5.0 == _real_heartbeat(), "the dashboard calls ten seconds of silence stale"
 
