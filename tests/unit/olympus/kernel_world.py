@@ -20,7 +20,14 @@ from settings import Settings, load_settings
 from storage.database import Database
 from telemetry.hub import EventHub
 
-TINY: dict[str, Any] = {"width": 16, "hidden": 16, "heads": 2, "context": 64, "supervision_steps": 1, "ngram_buckets": 0}
+TINY: dict[str, Any] = {
+    "width": 16,
+    "hidden": 16,
+    "heads": 2,
+    "context": 64,
+    "supervision_steps": 1,
+    "ngram_buckets": 0,
+}
 
 
 @dataclass

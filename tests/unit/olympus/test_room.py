@@ -65,6 +65,7 @@ def test_a_disk_that_refuses_a_checkpoint_does_not_end_training(
     world.wait_for(kernel, "training", step=reached + 10)
     assert world.zeus.checkpoints(kernel)["checkpoints"][0]["step"] > reached - 5
     full = True
+    world.wait_for(kernel, "training", step=world.zeus.status(kernel)["step"] + 2)  # something to lose
     stopped = world.zeus.pause(kernel)
     assert "could not be saved, see the server's log" in stopped["state_reason"]
 
