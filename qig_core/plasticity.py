@@ -9,8 +9,8 @@ their activity collapses into few directions, weights grow. Three numbers make t
   over all positions of the probe. It lies in [1, min(positions, width)].
 - **Weight norm**: root of the sum of squares over the recursion's weights.
 
-It only looks. Renewing units (continual backpropagation, shrink-and-perturb) is not here: nothing that we measured shows
-yet that a kernel of this size and age needs it.
+It only looks. Renewing units (continual backpropagation, shrink-and-perturb) is not here: nothing that we measured
+shows yet that a kernel of this size and age needs it.
 """
 
 from __future__ import annotations
