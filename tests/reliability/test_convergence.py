@@ -1,6 +1,6 @@
 """A kernel of the default preset reaches an honest ``converged`` on real data; on shuffled labels it never does.
 
-Both integrate at first: that is the architecture's doing. Only the one that learned, and has learned all that it can
+Both integrate: that is the architecture's doing. Only the one that learned, and has learned all that it can
 for now, may be called converged.
 """
 
