@@ -10,6 +10,14 @@ WorkspaceError
  |    |-- InvalidSampling       a sampling parameter is out of range
  |    |-- InvalidPrompt         the messages or token ids cannot be turned into a prompt
  |    `-- PromptTooLong         the prompt leaves no room in the context
+ |-- StoreError             the store of virtual tokens cannot do what it was asked
+ |    |-- InvalidSegment        what is to be written is not virtual tokens of this model
+ |    |-- StoreFull             a write does not fit beside what is pinned
+ |    |-- UnknownSegment        the session holds no segment of this id
+ |    `-- SnapshotError         a snapshot cannot be restored; nothing of it was used
+ |         |-- InvalidSnapshot       truncated, altered, or not what its header says
+ |         |-- SnapshotVersion       another version wrote it
+ |         `-- SnapshotMismatch      it is of another model
  `-- EngineError            the engine cannot take a request now
       |-- EngineBusy            the waiting queue is full
       `-- EngineStopped         it is not running
@@ -77,6 +85,42 @@ class PromptTooLong(RequestError):
             f"the prompt has {prompt_tokens} tokens, but the model's context holds {context_length} "
             "with at least one of them for the answer; shorten the messages"
         )
+
+
+class StoreError(WorkspaceError):
+    """The store of virtual tokens cannot do what it was asked; it is as it was before."""
+
+
+class InvalidSegment(StoreError, ValueError):
+    """Tensors of a wrong shape, of a layer that is not hooked, or not finite; or a description that makes no sense."""
+
+
+class StoreFull(StoreError):
+    """A write does not fit beside what is pinned, or is larger than the limits allow at all."""
+
+
+class UnknownSegment(StoreError):
+    """The session holds no segment of this id; it may have expired or have been dropped."""
+
+
+class SnapshotError(StoreError):
+    """A snapshot cannot be restored. ``source`` says where it came from; nothing of it was used."""
+
+    def __init__(self, source: str, problem: str):
+        self.source = source
+        super().__init__(f"{source}: {problem}")
+
+
+class InvalidSnapshot(SnapshotError):
+    """Not a snapshot, cut off, altered, or with tensors that are not what its header says."""
+
+
+class SnapshotVersion(SnapshotError):
+    """Written in a format that this version does not read."""
+
+
+class SnapshotMismatch(SnapshotError):
+    """A sound snapshot, but of another model, dtype or choice of layers."""
 
 
 class EngineError(WorkspaceError):
