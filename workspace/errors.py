@@ -9,7 +9,8 @@ WorkspaceError
  |-- RequestError           this request cannot be served; another one can
  |    |-- InvalidSampling       a sampling parameter is out of range
  |    |-- InvalidPrompt         the messages or token ids cannot be turned into a prompt
- |    `-- PromptTooLong         the prompt leaves no room in the context
+ |    |-- PromptTooLong         the prompt leaves no room in the context
+ |    `-- InvalidWorkspace      virtual tokens, deltas or layers do not fit the model or each other
  |-- StoreError             the store of virtual tokens cannot do what it was asked
  |    |-- InvalidSegment        what is to be written is not virtual tokens of this model
  |    |-- StoreFull             a write does not fit beside what is pinned
@@ -121,6 +122,12 @@ class SnapshotVersion(SnapshotError):
 
 class SnapshotMismatch(SnapshotError):
     """A sound snapshot, but of another model, dtype or choice of layers."""
+
+
+class InvalidWorkspace(RequestError):
+    """Virtual tokens, deltas or hooked layers that do not fit the model, or whose shapes contradict each other."""
+
+    param = "workspace"
 
 
 class EngineError(WorkspaceError):
