@@ -19,6 +19,10 @@ WorkspaceError
  |         |-- InvalidSnapshot       truncated, altered, or not what its header says
  |         |-- SnapshotVersion       another version wrote it
  |         `-- SnapshotMismatch      it is of another model
+ |-- StateError             trained weights of the workspace cannot be used; the model serves without them
+ |    |-- StateNotFound         no weights lie there
+ |    |-- StateDamaged          files are missing, altered, unreadable, or hold NaN
+ |    `-- StateMismatch         they are of another model, another shape, or another version
  `-- EngineError            the engine cannot take a request now
       |-- EngineBusy            the waiting queue is full
       `-- EngineStopped         it is not running
@@ -128,6 +132,22 @@ class InvalidWorkspace(RequestError):
     """Virtual tokens, deltas or hooked layers that do not fit the model, or whose shapes contradict each other."""
 
     param = "workspace"
+
+
+class StateError(WorkspaceError):
+    """Trained weights of the workspace cannot be used. The message names the file."""
+
+
+class StateNotFound(StateError):
+    """There is no directory of trained weights at this path."""
+
+
+class StateDamaged(StateError):
+    """A file is missing, altered, unreadable, or holds numbers that no training should leave."""
+
+
+class StateMismatch(StateError):
+    """The weights are whole, but of another model, another shape, or another version."""
 
 
 class EngineError(WorkspaceError):
