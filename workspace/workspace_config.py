@@ -50,20 +50,38 @@ class _Section(BaseModel):
 
 
 class RetentionConfig(_Section):
-    """How much virtual KV a session keeps, and for how long."""
+    """How much virtual KV is kept, and for how long. The fields are those of the store's own limits."""
 
-    max_tokens_per_layer: int = Field(64, ge=1, le=4096, description="Virtual tokens of a session in one layer.")
-    max_segments: int = Field(16, ge=1, le=1024, description="Separately written segments of a session.")
-    max_bytes: int = Field(
-        64 << 20, ge=1 << 12, description="Virtual KV of all sessions in the model's memory, in bytes."
+    max_tokens_per_layer: int = Field(256, ge=1, le=65_536, description="Virtual tokens of a session in one layer.")
+    max_segments: int = Field(64, ge=1, le=65_536, description="Separately written segments of a session.")
+    max_bytes: int = Field(64 << 20, ge=1 << 12, description="Virtual KV of a session, in bytes.")
+    spill_bytes: int = Field(
+        512 << 20, ge=1 << 12, description="Virtual KV of all sessions beside the model; above it, some are spilled."
     )
-    spill_bytes: int = Field(256 << 20, ge=0, description="What may move to main memory under pressure; 0: drop it.")
+    parked_bytes: int = Field(
+        2 << 30, ge=1 << 12, description="Spilled virtual KV in main memory; above it, sessions go to the database."
+    )
     ttl_steps: int | None = Field(None, ge=1, description="Generated tokens that a segment lives; none: no limit.")
-    ttl_seconds: float | None = Field(86_400.0, gt=0, description="Seconds that a segment lives; none: no limit.")
+    ttl_seconds: float | None = Field(2_592_000.0, gt=0, description="Seconds that a segment lives; none: no limit.")
+
+    @model_validator(mode="after")
+    def _one_session_fits(self) -> RetentionConfig:
+        if self.spill_bytes < self.max_bytes:
+            raise ValueError(
+                f"spill_bytes ({self.spill_bytes}) must be at least max_bytes ({self.max_bytes}), because the session "
+                "in use has to fit beside the model; raise spill_bytes or lower max_bytes"
+            )
+        return self
 
 
 class ControllerConfig(_Section):
-    """When the controller acts. Entropies and surprises are in nats; a run of repeated tokens is counted in tokens."""
+    """When the controller acts. Entropies and surprises are in nats; a run of repeated tokens is counted in tokens.
+
+    The thresholds lie where SmolLM2-135M-Instruct is unsure by its own standard. Its smoothed entropy over eight
+    answers has quartiles 1.0, 1.8, 2.5 and a 95th percentile of 3.3 at temperature 0.8 (0.3, 1.4, 2.1 and 2.9 when
+    greedy); on Shakespeare the median is 3.4. They then broadcast 10 to 20 times in 1,000 tokens of its own text, 36
+    times in Shakespeare, and ask the memory 5 and 16 times. The longest run of repeats was 26 tokens, far from a halt.
+    """
 
     broadcast_entropy: float = Field(3.0, gt=0, le=20, description="Broadcast when smoothed entropy reaches this.")
     broadcast_trend: float = Field(1.5, gt=0, le=20, description="Broadcast when entropy has risen by this.")
@@ -111,11 +129,11 @@ class WorkspaceConfig(_Section):
 
     # Shapes.
     hooked_layers: tuple[int, ...] | None = Field(
-        None, description="Layers by number, full attention only; none: every second such layer, at most 8."
+        None, description="Layers by number, full attention only; none: at most six of these, evenly spaced."
     )
     slots: int = Field(8, ge=2, le=64, description="Slots of the workspace.")
     slot_width: int = Field(64, ge=8, le=1024, description="Width of a slot; 64 to 128 costs below half a millisecond.")
-    iterations: int = Field(2, ge=1, le=8, description="Rounds of slot attention in one update.")
+    iterations: int = Field(3, ge=1, le=8, description="Rounds of slot attention in one update.")
     write_slots: int = Field(4, ge=1, le=64, description="Slots that win an update and are written; others keep.")
     virtual_tokens: int = Field(
         16, ge=1, le=512, description="Virtual tokens per hooked layer in one broadcast or summary."
