@@ -92,6 +92,10 @@ def write_state(
     """Make ``path`` hold this state, durably. Raises ``StateError`` for what could not be loaded again, ``OSError``."""
     if path.exists() and not path.is_dir():
         raise StateError(f"{path} is a file; trained weights are a directory, give the path of one")
+    try:
+        json.dumps(training.metrics, allow_nan=False)  # pydantic would write null for NaN
+    except (ValueError, TypeError) as error:
+        raise StateDamaged(f"{path}: not saved, its metrics do not fit JSON: {error}") from None
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise StateDamaged(f"{path}: not saved, {name} holds NaN or infinity; lower the learning rate")
@@ -106,18 +110,15 @@ def write_state(
         training=training,
         weights=WeightsFile(file=_WEIGHTS.format(digest[:16]), bytes=len(data), sha256=digest),
     )
-    try:
-        text = json.dumps(manifest.model_dump(mode="json", by_alias=True), indent=1, sort_keys=True, allow_nan=False)
-    except ValueError as error:
-        raise StateDamaged(f"{path}: not saved, its metrics do not fit JSON: {error}") from None
+    text = json.dumps(manifest.model_dump(mode="json", by_alias=True), indent=1, sort_keys=True) + "\n"
     if path.is_dir():
         files.write_bytes(path / manifest.weights.file, data)
-        files.write_bytes(path / MANIFEST, text.encode() + b"\n")
+        files.write_bytes(path / MANIFEST, text.encode())
         _remove_others(path, manifest.weights.file)
     else:
         with files.publish_directory(path) as folder:
             (folder / manifest.weights.file).write_bytes(data)
-            (folder / MANIFEST).write_bytes(text.encode() + b"\n")
+            (folder / MANIFEST).write_bytes(text.encode())
     return manifest
 
 
