@@ -37,8 +37,8 @@ class Segment:
     birth: Tensor  #: [R|1, M] int64: a token is visible to queries at positions >= its birth
     mask: Tensor | None = None  #: [R|1, M] bool: False hides a token from a row
     distance: Tensor | int = 0  #: an int, or [M] int64
-    #: Derived tensors by dtype and device: a memo of ``attention.placed``, which is a pure function of the rest.
-    placed: dict[tuple[torch.dtype, torch.device], Any] = field(init=False, repr=False, default_factory=dict)
+    #: Derived tensors: the memo of ``attention_backends.placed``, which is a pure function of the rest.
+    placed: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         rows, heads, tokens, _ = _shape("keys", self.keys, 4)

@@ -1,8 +1,8 @@
 """From a name to a loaded, frozen model: a packaged name, a local directory, or a hub id.
 
 Only safetensors are read and code of a repository is never executed. The weights are not changed, and no attribute
-of the model is patched. What it does not do: download packages (``packaged.py``), or decide how to decode
-(``engine.py``).
+of the model is patched; its attention runs under a registered name that can carry a workspace. What it does not do:
+download packages (``packaged.py``), or decide how to decode (``engine.py``).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from workspace.attention import adopt_attention
 from workspace.download import Progress
 from workspace.errors import UnknownModel, UnsupportedModel
 from workspace.packaged import PACKAGED, PackagedModel, ensure_packaged
@@ -125,11 +126,14 @@ def load_model(
 def adopt_model(name: str, model: Any, tokenizer: Any) -> LoadedModel:
     """Wrap a model that is already in memory (as ``load_model`` does at its end); it is frozen from here on.
 
-    A tokenizer without a chat template is given the plain transcript. Raises ``UnsupportedModel``.
+    Its attention goes through ``attention.py`` from here on, which by itself changes nothing, to the bit. A tokenizer
+    without a chat template is given the plain transcript. Raises ``UnsupportedModel``.
     """
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModel(f"{name}: {type(model).__name__} has no key-value cache, which the decode loop needs")
     model.eval().requires_grad_(False)
+    if not adopt_attention(model):
+        logger.info("%s keeps its own attention function, so it cannot carry virtual tokens", name)
     chat_stop: tuple[str, ...] = ()
     if tokenizer.chat_template is None:
         logger.info("%s has no chat template; messages become a plain User/Assistant transcript", name)

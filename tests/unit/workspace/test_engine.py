@@ -415,7 +415,7 @@ def test_forward_arguments_reach_the_attention_function(tiny_models: Any, make_e
         carried = engine.submit(prompt_of(5), greedy(3, ignore_eos=True), request_context=Carrying()).result(timeout=20)
         bare = engine.submit(prompt_of(5), greedy(3, ignore_eos=True)).result(timeout=20)
     finally:
-        loaded.model.set_attn_implementation("eager")
+        loaded.model.set_attn_implementation("workspace")
     assert seen == [(layer, marker) for _ in range(3) for layer in range(2)] + [
         (layer, None) for _ in range(3) for layer in range(2)
     ]

@@ -1,0 +1,120 @@
+"""The registered attention functions: stock attention, unless a hooked layer finds virtual tokens in its context.
+
+transformers looks an attention function and a mask function up by name. Two neutral names are registered on import,
+because a model keeps what it would run without us: ``workspace`` goes with eager attention and its additive masks,
+``workspace_fused`` with torch's fused kernel and its boolean masks. (A name that contains "sdpa", "flash" or "flex"
+would trigger checks of transformers; a name without a mask function would lose the causal mask.) ``adopt_attention``
+gives a model its name once, when it is loaded; nothing is switched afterwards and nothing of the model is patched.
+
+A layer reads ``workspace=Context(...)`` from its keyword arguments, and the rotation that ``residuals.py`` hands it.
+Without a context, with an empty one, or on a layer that has no segment, the call goes to the very function that stock
+would run. The numbers are made in ``attention_backends.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from workspace.attention_backends import Base, Call, Placed, attention_mass, eager, fused, merge, placed, stock_eager
+from workspace.context import Backend, Context, Recorder
+from workspace.errors import InvalidWorkspace
+from workspace.rope import LayerRope
+
+NAMES: dict[Base, str] = {"eager": "workspace", "sdpa": "workspace_fused"}
+_BACKENDS: dict[Backend, Callable[[Call, Placed], tuple[Tensor, Tensor | None]]] = {
+    "merge": merge,
+    "eager": eager,
+    "fused": fused,
+}
+
+
+def adopt_attention(model: Any) -> bool:
+    """Give ``model`` the registered function that goes with the implementation it has; False if it cannot have one."""
+    config = model.config.get_text_config()
+    base: Base | None = {"eager": "eager", "sdpa": "sdpa"}.get(config._attn_implementation)  # type: ignore[assignment]
+    if base is None:
+        return config._attn_implementation in NAMES.values()
+    if not model._can_set_attn_implementation():
+        return False
+    if base == "eager" and not hasattr(sys.modules[type(model).__module__], "eager_attention_forward"):
+        return False
+    name = NAMES[base]
+    model.set_attn_implementation(name if config is model.config else {"text_config": name})
+    return True
+
+
+def workspace_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    base: Base,
+    workspace: Context | None = None,
+    workspace_rope: LayerRope | None = None,
+    workspace_rotation: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer: ``query`` [R, Hq, T, D] and the cache's ``key``, ``value`` [R, H, N, D] to [R, T, Hq, D].
+
+    Query and keys are rotated. ``workspace_rope`` and ``workspace_rotation`` come from the hook on a hooked layer.
+    """
+    stock = stock_eager(module) if base == "eager" else sdpa_attention_forward
+    if workspace is None:
+        return stock(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    segment = workspace.segments.get(layer)
+    if workspace_rope is None or workspace_rotation is None:
+        if segment is not None:
+            raise InvalidWorkspace(f"there are virtual tokens for layer {layer}, which is not hooked")
+        return stock(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    call = Call(
+        module=module,
+        base=base,
+        query=query,
+        key=key,
+        value=value,
+        mask=attention_mask,
+        position_ids=kwargs["position_ids"],
+        rope=workspace_rope,
+        rotation=workspace_rotation,
+        scaling=kwargs.pop("scaling", None) or query.shape[-1] ** -0.5,
+        rest=kwargs,
+    )
+    ready = None
+    if segment is not None:
+        work = torch.promote_types(query.dtype, torch.float32)
+        ready = placed(segment, workspace_rope, call.scaling, work, query.device)
+    if workspace.recorder is not None and layer in workspace.recorder.layers:
+        _record(workspace.recorder, layer, call, ready)
+    if ready is None:
+        return stock(module, query, key, value, attention_mask, scaling=call.scaling, **kwargs)  # type: ignore[no-any-return]
+    return _BACKENDS[workspace.backend or "merge"](call, ready)
+
+
+def _record(recorder: Recorder, layer: int, call: Call, ready: Placed | None) -> None:
+    if recorder.wants_queries:
+        recorder.queries[layer] = call.content_query()
+    if recorder.wants_mass:
+        recorder.attention_mass[layer] = attention_mass(call, ready)
+
+
+def _register() -> None:
+    """Registering a name twice is harmless: it is the same function."""
+    masks = {"eager": eager_mask, "sdpa": sdpa_mask}
+    for base, name in NAMES.items():
+        AttentionInterface.register(name, functools.partial(workspace_attention, base=base))
+        AttentionMaskInterface.register(name, masks[base])
+
+
+_register()

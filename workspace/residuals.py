@@ -1,0 +1,115 @@
+"""The hooks of one hooked layer: hand the rotation to its attention, add a residual delta, show the residual stream.
+
+Forward hooks of torch on modules that exist; no forward method is replaced. Where a layer normalises the output of its
+attention before adding it (Gemma), the delta is added after that norm, so that it means the same everywhere: a vector
+added to the residual stream between attention and feed-forward.
+
+A norm sees no keyword arguments. So the hook on ``self_attn``, which does, leaves a note for the hooks on the norms of
+the same layer; they run in the same thread right after it, eager, compiled, or replayed by gradient checkpointing.
+What a context carries for attention itself is read in ``attention.py``.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workspace.context import Context, Delta, Recorder
+from workspace.errors import UnsupportedModel
+from workspace.rope import LayerRope
+
+
+class LayerHooks:
+    """The hooks on one decoder layer, installed when made. ``remove`` takes them away again."""
+
+    def __init__(self, layer: nn.Module, index: int, rope: LayerRope):
+        self._index = index
+        self._rope = rope
+        self._note = threading.local()
+        self._sandwich = hasattr(layer, "post_feedforward_layernorm")  # norms after attention and feed-forward
+        attention, before_feedforward, after_attention = _places(layer)
+        self._handles = [
+            attention.register_forward_pre_hook(self.before_attention, with_kwargs=True),
+            attention.register_forward_hook(self.after_attention, with_kwargs=True),
+            before_feedforward.register_forward_pre_hook(self.before_feedforward),
+        ]
+        if after_attention is not None:
+            self._handles.append(after_attention.register_forward_hook(self.after_norm))
+
+    def remove(self) -> None:
+        """Take the hooks away. Harmless when done twice."""
+        for handle in self._handles:
+            handle.remove()
+
+    def before_attention(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Pass on cosine and sine, which ``self_attn`` consumes, where the attention function has a use for them."""
+        context: Context | None = kwargs.get("workspace")
+        if context is None or not (self._index in context.segments or self._recorder(context) is not None):
+            return None
+        rotation = kwargs["position_embeddings"]
+        return args, {**kwargs, "workspace_rope": self._rope, "workspace_rotation": rotation}
+
+    def after_attention(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Any, ...]
+    ) -> tuple[Any, ...] | None:
+        """Add the delta, or leave it for ``after_norm``; leave the recorder for ``before_feedforward``."""
+        context: Context | None = kwargs.get("workspace")
+        self._note.recorder = self._note.addend = None
+        if context is None:
+            return None
+        self._note.recorder = self._recorder(context)
+        delta = context.deltas.get(self._index)
+        if delta is None:
+            return None
+        addend = _addend(delta, kwargs["position_ids"], output[0])
+        if self._sandwich:
+            self._note.addend = addend
+            return None
+        return (output[0] + addend, *output[1:])
+
+    def after_norm(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Add the delta behind the norm of a layer that has one after its attention."""
+        addend, self._note.addend = self._note.addend, None
+        return None if addend is None else output + addend
+
+    def before_feedforward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Show the residual stream [R, T, hidden], which is the input of this norm, to the recorder."""
+        recorder, self._note.recorder = self._note.recorder, None
+        if recorder is not None:
+            residual: Tensor = args[0]
+            recorder.residuals[self._index] = residual if recorder.whole else residual[:, -1]
+
+    def _recorder(self, context: Context) -> Recorder | None:
+        recorder = context.recorder
+        return recorder if recorder is not None and self._index in recorder.layers else None
+
+
+def _addend(delta: Delta, position_ids: Tensor, like: Tensor) -> Tensor:
+    """[R|1, T, hidden]: the vector at positions from ``first`` on, zero before."""
+    reached = position_ids >= delta.first.to(like.device)[:, None]  # [R, T]
+    vector = delta.vector.to(device=like.device, dtype=like.dtype)
+    return torch.where(reached[..., None], vector[:, None], 0.0)
+
+
+def _places(layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module | None]:
+    """Attention, the module that gets the residual stream after it, and the norm of its output if there is one.
+
+    Known are pre-norm layers (Llama, Qwen, Mistral, gpt-oss) and sandwiches (Gemma 2 and 3).
+    """
+    attention = getattr(layer, "self_attn", None)
+    before = getattr(layer, "pre_feedforward_layernorm", None)
+    after = getattr(layer, "post_attention_layernorm", None)
+    if isinstance(attention, nn.Module) and isinstance(after, nn.Module):
+        if isinstance(before, nn.Module):
+            return attention, before, after
+        if hasattr(layer, "input_layernorm") and not hasattr(layer, "post_feedforward_layernorm"):
+            return attention, after, None
+    raise UnsupportedModel(
+        f"{type(layer).__name__} is neither a pre-norm layer (input_layernorm, self_attn, post_attention_layernorm) "
+        "nor one with norms around both halves, so it is not known where its residual stream passes"
+    )
