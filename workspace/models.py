@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from workspace.attention import adopt_attention
 from workspace.download import Progress
 from workspace.errors import UnknownModel, UnsupportedModel
+from workspace.harmony_tokens import HarmonyTokens, find_harmony_tokens
 from workspace.packaged import PACKAGED, PackagedModel, ensure_packaged
 from workspace.plain_chat import PLAIN_STOP, PLAIN_TEMPLATE
 
@@ -61,6 +62,7 @@ class LoadedModel:
     device: torch.device
     fingerprint: str  #: identifies these weights in this dtype and this vocabulary, 32 hex digits
     chat_stop: tuple[str, ...] = ()  #: stop strings that its chat template needs (plain transcripts only)
+    harmony: HarmonyTokens | None = None  #: set when it writes the Harmony format (gpt-oss)
 
     @property
     def vocabulary_size(self) -> int:
@@ -140,16 +142,19 @@ def adopt_model(name: str, model: Any, tokenizer: Any) -> LoadedModel:
         tokenizer.chat_template = PLAIN_TEMPLATE
         chat_stop = PLAIN_STOP
     parameter = next(model.parameters())
+    eos_ids = _eos_ids(model, tokenizer)
+    harmony = find_harmony_tokens(tokenizer)
     return LoadedModel(
         name=name,
         model=model,
         tokenizer=tokenizer,
-        eos_ids=_eos_ids(model, tokenizer),
+        eos_ids=eos_ids if harmony is None else harmony.ends(eos_ids),
         context_length=_context_length(name, model, tokenizer),
         dtype=model.dtype,
         device=parameter.device,
         fingerprint=_fingerprint(model, tokenizer),
         chat_stop=chat_stop,
+        harmony=harmony,
     )
 
 
