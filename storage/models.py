@@ -156,6 +156,19 @@ class CheckpointBlob(Base):
     created_at: Mapped[float] = mapped_column(Float, default=time.time)
 
 
+class LatentSession(Base):
+    """The virtual tokens of one session for one model, as a snapshot; see ``memory.latent``."""
+
+    __tablename__ = "latent_sessions"
+
+    session_id: Mapped[str] = mapped_column(String(256), primary_key=True)
+    model_fingerprint: Mapped[str] = mapped_column(String(64), primary_key=True)
+    data: Mapped[bytes] = mapped_column(LargeBinary)
+    size: Mapped[int] = mapped_column(BigInteger)  # of data, in bytes
+    sha256: Mapped[str] = mapped_column(String(64))
+    updated_at: Mapped[float] = mapped_column(Float, default=time.time, index=True)
+
+
 class Cartridge(Base):
     """A trained KV prefix and where it came from."""
 

@@ -1,4 +1,4 @@
-"""The same storage code on PostgreSQL: migrations, history, eight writers."""
+"""The same storage code on PostgreSQL: migrations, history, eight writers, virtual tokens."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import pytest
 import sqlalchemy as sa
 
 from memory.history import History, NewExperience
+from memory.latent import LatentSessions
 from storage import migrate
 from storage.database import Database
 from tests.support.server import free_port
+from tests.support.virtual_tokens import make_layers, make_shape
+from workspace.virtual_kv import VirtualKVStore
 
 pytestmark = pytest.mark.postgres
 
@@ -66,6 +69,22 @@ def test_history_behaves_as_on_sqlite(database: Database) -> None:
     assert history.sessions()[0]["title"] == "Φ > 0.7"
     assert history.delete(session_id="s") == 1
     assert history.page() == []
+
+
+def test_virtual_tokens_behave_as_on_sqlite(database: Database) -> None:
+    latent = LatentSessions(database, "model-a")
+    store = VirtualKVStore(make_shape(), load=latent.load, save=latent.save)
+    store.write("Φ", make_layers({1: 2, 3: 1}, 1), born=5, kind="plan")
+    store.flush("Φ")
+    store.write("Φ", make_layers({1: 1}, 2), born=6, kind="plan")
+    store.flush("Φ")
+    again = VirtualKVStore(make_shape(), load=latent.load, save=latent.save)
+    assert again.snapshot("Φ") == store.snapshot("Φ") == latent.load("Φ")
+    LatentSessions(database, "model-b").save("Φ", b"x")
+    assert [own.session for own in latent.sessions()] == ["Φ"]
+    assert len(latent.prune(1)) == 1
+    assert latent.forget("Φ") == 1
+    assert latent.load("Φ") is None
 
 
 def test_an_unreachable_server_is_a_clear_error() -> None:

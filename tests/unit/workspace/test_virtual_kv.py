@@ -358,7 +358,17 @@ def test_a_pin_holds_against_time_until_it_is_taken_off() -> None:
     store.check_invariants()
     store.unpin("s", number)
     store.check_invariants()
+    assert store.sessions() == []
     assert store.view("s") == {}
+
+
+def test_a_pin_holds_against_time_also_when_others_go() -> None:
+    store = _store()
+    number = _write(store, "s", {1: 1}, ttl_steps=2, pinned=True)
+    _write(store, "s", {1: 2}, ttl_steps=2)
+    store.tick("s", 2)
+    store.check_invariants()
+    assert [info.id for info in store.segments("s")] == [number]
 
 
 def test_pinning_twice_changes_nothing() -> None:
@@ -665,9 +675,10 @@ def test_a_flush_saves_only_what_is_new() -> None:
     store.flush("s")
     assert shelf.saves == ["s"]
     _write(store, "s", {1: 1}, ttl_steps=100)
+    store.flush("s")
     store.tick("s")
     store.flush("s")
-    assert shelf.saves == ["s", "s"]
+    assert shelf.saves == ["s", "s", "s"]
 
 
 def test_a_session_with_nothing_stored_is_asked_for_once() -> None:
@@ -740,6 +751,40 @@ def test_a_session_cleared_during_its_save_stays_cleared() -> None:
     assert shelf.blobs == {}
     store.check_invariants()
     assert store.view("s") == {}
+
+
+def test_a_session_changed_while_it_is_spilled_stays() -> None:
+    shelf = Shelf()
+
+    def save(session: str, blob: bytes | None) -> None:
+        shelf.save(session, blob)
+        store.drop("s", first)
+
+    store = _store(load=shelf.load, save=save)
+    first = _write(store, "s", {1: 2}, seed=1)
+    second = _write(store, "s", {1: 1}, seed=2)
+    assert not store.spill("s")
+    assert [info.id for info in store.segments("s")] == [second]
+    assert store.spill("s")
+    assert store.sessions() == []
+    assert [info.id for info in store.segments("s")] == [second]
+
+
+def test_a_session_cleared_while_it_is_read_stays_cleared() -> None:
+    shelf = Shelf()
+    other = _store(load=shelf.load, save=shelf.save)
+    _write(other, "s", {1: 2})
+    other.flush("s")
+
+    def load(session: str) -> bytes | None:
+        store.clear(session)
+        return shelf.load(session)
+
+    store = _store(load=load, save=shelf.save)
+    assert store.view("s") == {}
+    store.check_invariants()
+    store.flush("s")
+    assert shelf.blobs == {}
 
 
 def test_lowered_limits_trim_what_was_stored_except_pins() -> None:
