@@ -24,11 +24,11 @@ import torch
 from workspace.errors import EngineBusy, EngineError, EngineStopped, PromptTooLong
 from workspace.forward import Forward, StepContext
 from workspace.generation import Generation
+from workspace.harmony_output import choose_output
 from workspace.models import LoadedModel
 from workspace.prompting import Prompting
 from workspace.sampling import Sampler, SamplingParams
 from workspace.stepping import advance
-from workspace.text import IncrementalDetokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -139,14 +139,17 @@ class Engine:
         prompt: Sequence[int] | Sequence[Message],
         params: SamplingParams,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        reasoning_effort: str | None = None,
         request_context: StepContext | None = None,
     ) -> Generation:
         """Queue a request; ``prompt`` is token ids or messages. Returns at once.
 
+        ``tools`` and ``reasoning_effort`` (of models that know it) go into the prompt with messages.
         Generates at most ``params.max_tokens``, less where the context ends first (reason "length" either way).
         Raises ``PromptTooLong``, ``InvalidPrompt``, ``EngineBusy`` or ``EngineStopped``.
         """
-        prompt_ids, params = self._prompting.prepare(prompt, params)
+        prompt_ids, params = self._prompting.prepare(prompt, params, tools=tools, reasoning_effort=reasoning_effort)
         room = self.loaded.context_length - len(prompt_ids)
         if room < 1:
             raise PromptTooLong(len(prompt_ids), self.loaded.context_length)
@@ -155,7 +158,7 @@ class Engine:
             params,
             limit=min(params.max_tokens, room),
             sampler=Sampler(params, prompt_ids),
-            detokenizer=IncrementalDetokenizer(self.loaded.tokenizer, prompt_ids),
+            output=choose_output(self.loaded, prompt_ids, tools),
             context=request_context,
         )
         with self._changed:

@@ -76,7 +76,9 @@ class InvalidSampling(RequestError):
 class InvalidPrompt(RequestError):
     """The messages do not fit the model's chat template, or token ids lie outside its vocabulary."""
 
-    param = "messages"
+    def __init__(self, message: str, param: str = "messages"):
+        self.param = param
+        super().__init__(message)
 
 
 class PromptTooLong(RequestError):

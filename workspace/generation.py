@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Literal
 
 from transformers import DynamicCache
 
+from workspace.channels import Channel, Output, OutputParser, ToolCall, ToolCallDelta
 from workspace.sampling import SampledToken, Sampler, SamplingParams, TokenLogprob
-from workspace.text import IncrementalDetokenizer, StopMatcher
+from workspace.text import StopMatcher
 
 if TYPE_CHECKING:
     from workspace.forward import StepContext
@@ -31,21 +32,29 @@ _numbers = itertools.count(1)
 class TokenChunk:
     """One token was chosen. ``text`` is what became certain with it: possibly nothing, possibly held-back text.
 
-    ``token_id`` is None in the one chunk that gives out what was still held back at the end.
+    ``token_id`` is None in the one chunk that gives out what was still held back at the end. ``text`` is the answer's;
+    reasoning and tool calls stand apart. ``channel`` is the token's own; None for control tokens.
     """
 
     text: str
     token_id: int | None
     logprob: float | None = None
     top_logprobs: tuple[TokenLogprob, ...] = ()
+    channel: Channel | None = "content"
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts. The answer's count includes the token that ended it, as OpenAI counts."""
+    """Token counts. The answer's count includes reasoning and the token that ended it, as OpenAI counts.
+
+    ``reasoning_tokens`` is None for models whose output has no reasoning channel.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    reasoning_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +71,10 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event. ``text`` equals the joined texts of all chunks; ``error`` says what failed, if it did."""
+    """The last event. ``text`` equals the joined texts of all chunks; ``error`` says what failed, if it did.
+
+    The same holds for ``reasoning`` and, call by call, for ``tool_calls``.
+    """
 
     reason: FinishReason
     usage: Usage
@@ -70,6 +82,8 @@ class Finished:
     token_ids: tuple[int, ...]
     timings: Timings
     error: str | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 Event = TokenChunk | Finished
@@ -85,7 +99,7 @@ class Generation:
         *,
         limit: int,
         sampler: Sampler,
-        detokenizer: IncrementalDetokenizer,
+        output: OutputParser,
         context: StepContext | None = None,
     ):
         self.id = next(_numbers)
@@ -98,9 +112,12 @@ class Generation:
         self.position = 0  #: tokens in the cache
         self.token_ids: list[int] = []
         self.sampler = sampler
-        self._detokenizer = detokenizer
-        self._stops = StopMatcher(params.stop)
+        self._output = output
+        self._stops = StopMatcher(params.stop)  # they stand for the answer's text only
+        self._ended_by: int | None = None
         self._pieces: list[str] = []
+        self._thoughts: list[str] = []
+        self._calls: list[list[str]] = []  # of each tool call its name, and its arguments in pieces
         # Shared.
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._lock = threading.RLock()  # a stop of the engine may end it from another thread
@@ -178,11 +195,12 @@ class Generation:
         token = sampled.token_id
         self.token_ids.append(token)
         if token in self.params.stop_ids or (token in eos_ids and not self.params.ignore_eos):
+            self._ended_by = token
             self.finish("stop")
             return
-        text = self._stops.push(self._detokenizer.push(token))
-        self._publish(TokenChunk(text, token, sampled.logprob, sampled.top_logprobs))
-        if self._stops.matched is not None:
+        output = self._output.push(token)
+        self._publish(output, self._stops.push(output.content), sampled)
+        if self._stops.matched is not None or (self._output.ended and not self.params.ignore_eos):
             self.finish("stop")
         elif len(self.token_ids) >= self.limit:
             self.finish("length")
@@ -192,16 +210,18 @@ class Generation:
         with self._lock:
             if self._finished is not None:
                 return
-            if reason != "error" and (rest := self._held_back()):
-                self._publish(TokenChunk(rest, None))
+            if reason != "error":
+                self._publish_held_back()
             self.cache = None
             self._finished = Finished(
                 reason=reason,
-                usage=Usage(len(self.prompt_ids), len(self.token_ids)),
+                usage=Usage(len(self.prompt_ids), len(self.token_ids), self._output.reasoning_tokens),
                 text="".join(self._pieces),
                 token_ids=tuple(self.token_ids),
                 timings=self._timings(),
                 error=error,
+                reasoning="".join(self._thoughts),
+                tool_calls=tuple(ToolCall(call[0], "".join(call[1:])) for call in self._calls),
             )
             self._events.put(self._finished)
             self._done.set()
@@ -216,12 +236,30 @@ class Generation:
             assert self._finished.text == "".join(self._pieces)
             assert self._stops.matched is None or self._stops.matched not in self._finished.text
 
-    def _held_back(self) -> str:
-        """What the detokenizer and the stop matcher kept; nothing after a match."""
-        return self._stops.push(self._detokenizer.flush()) + self._stops.flush()
+    def _publish_held_back(self) -> None:
+        """Give out what the parser and the stop matcher kept; nothing after a match."""
+        output = self._output.flush(self._ended_by)
+        text = self._stops.push(output.content) + self._stops.flush()
+        if text or output.reasoning or output.tool_calls:
+            self._publish(output, text)
 
-    def _publish(self, chunk: TokenChunk) -> None:
-        self._pieces.append(chunk.text)
+    def _publish(self, output: Output, text: str, sampled: SampledToken | None = None) -> None:
+        """Hand out ``output``, of whose content the stop matcher has let ``text`` pass."""
+        self._pieces.append(text)
+        self._thoughts.append(output.reasoning)
+        for call in output.tool_calls:
+            if call.name is not None:
+                self._calls.append([call.name])
+            self._calls[call.index].append(call.arguments)
+        chunk = TokenChunk(
+            text,
+            sampled.token_id if sampled else None,
+            sampled.logprob if sampled else None,
+            sampled.top_logprobs if sampled else (),
+            output.channel,
+            output.reasoning,
+            output.tool_calls,
+        )
         self._events.put(chunk)
 
     def _timings(self) -> Timings:

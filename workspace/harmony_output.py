@@ -13,13 +13,16 @@ Several messages of one kind are set apart by an empty line. The format itself i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from workspace.channels import Channel, Output, ToolCallDelta
+from workspace.channels import Channel, Output, OutputParser, PlainOutput, ToolCallDelta
 from workspace.harmony import CHANNELS, HarmonyParser, Header, Piece
 from workspace.harmony_tokens import HarmonyTokens
 from workspace.text import IncrementalDetokenizer
+
+if TYPE_CHECKING:
+    from workspace.models import LoadedModel
 
 _NAMESPACE = "functions."
 _NO_TOOLS = CHANNELS | {"assistant", "user", "all"}  # recipients that are none
@@ -138,3 +141,13 @@ class HarmonyOutput:
         rest = self._detokenizer.flush()
         self._detokenizer = IncrementalDetokenizer(self._tokenizer, ())
         return rest
+
+
+def choose_output(
+    loaded: LoadedModel, prompt_ids: Sequence[int], tools: Sequence[Mapping[str, Any]] | None
+) -> OutputParser:
+    """The parser for one generation of ``loaded``; ``tools`` are what the request offered."""
+    if loaded.harmony is None:
+        return PlainOutput(loaded.tokenizer, prompt_ids)
+    names = [str(tool.get("function", tool).get("name")) for tool in tools or ()]
+    return HarmonyOutput(loaded.tokenizer, loaded.harmony, prompt_ids, names)

@@ -2,7 +2,7 @@
 
 Conversations go through the model's own chat template. Control tokens that appear inside a message (``<|im_end|>``
 typed by a user) are encoded as ordinary text, so that nobody can forge a role. What a message may contain is the
-template's business; its objections become ``InvalidPrompt``.
+template's business; its objections become ``InvalidPrompt``. What gpt-oss needs besides is in ``harmony_prompt.py``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, cast
 from jinja2.exceptions import TemplateError
 
 from workspace.errors import InvalidPrompt
+from workspace.harmony_prompt import check_effort, harmony_messages
 from workspace.models import LoadedModel
 from workspace.sampling import SamplingParams
 
@@ -44,6 +45,8 @@ class Prompting:
         if reserved:
             raise InvalidPrompt(f"chat template arguments: {', '.join(reserved)} cannot be set by a request")
         options = {"add_generation_prompt": True, **template_kwargs}
+        if self._loaded.harmony is not None:
+            messages = harmony_messages(messages)
         try:
             with self._encoding:
                 ids = self._loaded.tokenizer.apply_chat_template(
@@ -63,13 +66,23 @@ class Prompting:
             return [int(number) for number in self._loaded.tokenizer.encode(text)]
 
     def prepare(
-        self, prompt: Sequence[int] | Sequence[Mapping[str, Any]], params: SamplingParams
+        self,
+        prompt: Sequence[int] | Sequence[Mapping[str, Any]],
+        params: SamplingParams,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        reasoning_effort: str | None = None,
     ) -> tuple[tuple[int, ...], SamplingParams]:
-        """Checked ids for either kind of prompt; messages also bring the stop strings their template needs."""
+        """Checked ids for either kind of prompt; messages also bring the stop strings their template needs.
+
+        ``tools`` and ``reasoning_effort`` go with messages; models that know no effort ignore it.
+        """
         if not prompt:
             raise InvalidPrompt("prompt: at least one token or message is needed")
         if isinstance(prompt[0], Mapping):
-            ids = self.render(cast("Sequence[Mapping[str, Any]]", prompt))
+            known = reasoning_effort is not None and self._loaded.harmony is not None
+            effort = {"reasoning_effort": check_effort(str(reasoning_effort))} if known else {}
+            ids = self.render(cast("Sequence[Mapping[str, Any]]", prompt), tools, **effort)
             if self._loaded.chat_stop:
                 params = dataclasses.replace(params, stop=params.stop + self._loaded.chat_stop)
         else:
