@@ -170,7 +170,10 @@ class KernelSettings(_Section):
     patience_evaluations: int = Field(40, ge=1, description="Evaluations without improvement until settled.")
     step_pause_ms: float = Field(0.0, ge=0, le=1000, description="Pause after each step, in milliseconds.")
     serve_pause_ms: float = Field(
-        50.0, ge=0, le=1000, description="Pause per step while a chat is generating, or questions are open."
+        50.0, ge=0, le=1000, description="Pause per step while a chat is generating."
+    )
+    query_pause_ms: float = Field(
+        250.0, ge=0, le=10_000, description="The most that open questions to kernels may hold up one training step."
     )
     max_queries: int = Field(16, ge=1, le=1024, description="Questions to kernels open at once; more get a 503.")
     niceness: int = Field(5, ge=0, le=19, description="Niceness of training threads (Linux only).")

@@ -29,6 +29,7 @@ import torch
 
 from olympus.checkpoint_mirror import CheckpointMirror
 from olympus.checkpoints import CheckpointStore
+from olympus.courtesy import Courtesy
 from olympus.experience_source import ExperienceSource
 from olympus.kernel_rows import KernelRecord, KernelRows, State
 from olympus.metrics_store import MetricsStore
@@ -190,6 +191,7 @@ class KernelTrainingThread(threading.Thread):
         if damaged:
             reason = f"{', '.join(damaged)} could not be used; went back to step {session.step}"
             services.rows.set_state(self.kernel_id, self._state, reason, step=session.step)
+        session.courtesy = Courtesy(services.gate, services.settings.query_pause_ms / 1000)
         services.metrics.begin(self.kernel_id, session.step)
         self._show(session)
         self._fresh.clear()
@@ -235,7 +237,7 @@ class KernelTrainingThread(threading.Thread):
         pause = settings.serve_pause_ms if self._services.serving_busy() else settings.step_pause_ms
         if pause > 0:
             self._stop_requested.wait(pause / 1000)
-        self._services.gate.give_way(settings.serve_pause_ms / 1000)
+        self._services.gate.give_way(settings.query_pause_ms / 1000)
 
     def _enter(self, state: State, reason: str, session: TrainingSession) -> None:
         if state != self._state:

@@ -2,11 +2,10 @@
 
 A question takes milliseconds of one core. As many are answered at once as there are cores, the others wait in front
 of the door, and above ``kernels.max_queries`` nobody may wait: more at once would only make all of them slow. Training
-threads look at the door between two steps (``give_way``) and hold until it is empty, but no longer than one
-``serve_pause_ms``, so that a crowd slows training down and cannot stop it.
+threads look at the door all the time (``courtesy``) and hold until it is empty, but no longer than
+``query_pause_ms`` per step, so that a crowd slows training down and cannot stop it.
 
-What happens within a step is the business of the operating system, which knows that training is the less urgent work
-(``niceness``).
+The operating system knows, too, that training is the less urgent work (``niceness``).
 """
 
 from __future__ import annotations
@@ -67,6 +66,11 @@ class QueryGate:
             self._open -= 1
             if self._open == 0:
                 self._empty.set()
+
+    @property
+    def is_empty(self) -> bool:
+        """True when no question is open."""
+        return self._empty.is_set()
 
     def give_way(self, at_most: float) -> None:
         """Return when no question is open, or after ``at_most`` seconds. For threads that are in no hurry."""

@@ -24,6 +24,7 @@ import torch
 
 from olympus import resting
 from olympus.checkpoints import CheckpointStore
+from olympus.courtesy import Courtesy, within
 from olympus.drift import Drift
 from olympus.errors import CheckpointInvalid, OlympusError
 from olympus.examination import Exam, Examiner
@@ -66,6 +67,8 @@ class TrainingSession:
         self.saved_step = 0
         self.just_evaluated = False
         self.overhead_seconds = 0.0
+        #: Lets more urgent work through in the middle of a step; None: nobody else needs the processor.
+        self.courtesy: Courtesy | None = None
         self._settings = settings
         self._buffer = ExperienceBuffer(
             settings.buffer_capacity,
@@ -148,24 +151,27 @@ class TrainingSession:
 
     def advance(self) -> StepMetrics:
         """Train one step and measure what is due. Raises ``TrainingDiverged``."""
+        if self.courtesy is not None:
+            self.courtesy.renew()
         begun = time.perf_counter()
         training, live = self.live.plan.training, self.live
         lesson = self._rehearsal.lesson(training.batch_size, self.step)
         encoded = lesson.batch
         training.set_lr(live.optimizer, self.step, self.progress.lr_scale)
         live.optimizer.zero_grad(set_to_none=True)
-        loss = supervised_loss(
-            live.kernel,
-            encoded.ids,
-            encoded.loss_mask,
-            lesson.weights,
-            supervision_steps=training.passes_at(self.step, live.plan.network.supervision_steps),
-            observation_weight=training.observation_weight,
-            halt_weight=training.halt_weight,
-            noise=live.noise_of(self.step),
-            distillation=lesson.distillation,
-        )
-        loss.total.backward()  # type: ignore[no-untyped-call]
+        with within(self.courtesy, live.kernel):
+            loss = supervised_loss(
+                live.kernel,
+                encoded.ids,
+                encoded.loss_mask,
+                lesson.weights,
+                supervision_steps=training.passes_at(self.step, live.plan.network.supervision_steps),
+                observation_weight=training.observation_weight,
+                halt_weight=training.halt_weight,
+                noise=live.noise_of(self.step),
+                distillation=lesson.distillation,
+            )
+            loss.total.backward()  # type: ignore[no-untyped-call]
         live.optimizer.step()
         grad_norm = live.optimizer.grad_norm
         if not (math.isfinite(loss.action_nats_per_byte) and math.isfinite(grad_norm)):
@@ -173,7 +179,7 @@ class TrainingSession:
         live.ema.update(live.kernel)
         self._rehearsal.learned(lesson, loss.item_nats)
         self._count(loss.action_nats_per_byte, int(encoded.loss_mask.sum()))
-        seconds = time.perf_counter() - begun
+        seconds = self._since(begun)
         self.progress.train_seconds += seconds
         self.last_step_ms = seconds * 1000
         self.just_evaluated = self.step >= max(self.progress.next_evaluation, self._settings.evaluate_every)
@@ -181,6 +187,11 @@ class TrainingSession:
             self._evaluate()
         phi = self._measure_phi() if self.step >= self.progress.next_phi else None
         return self._metrics(loss.action_nats_per_byte, grad_norm, phi)
+
+    def _since(self, begun: float) -> float:
+        """Seconds of work since ``begun``: without those in which others were let through."""
+        waited = 0.0 if self.courtesy is None else self.courtesy.take_waited()
+        return time.perf_counter() - begun - waited
 
     def _count(self, loss: float, symbols: int) -> None:
         progress = self.progress
@@ -196,7 +207,8 @@ class TrainingSession:
         progress, live, examiner = self.progress, self.live, self._examiner
         examiner.refresh()
         self._reexamine_best()
-        exam = examiner.examine(live.ema.shadow)
+        with within(self.courtesy, live.ema.shadow):
+            exam = examiner.examine(live.ema.shadow)
         progress.baseline_loss, progress.uniform_loss = examiner.baseline_loss, examiner.uniform_loss
         progress.holdout_loss = None if exam is None else finite(exam.loss)
         if progress.evaluations % RAW_EVERY == 0:
@@ -215,7 +227,7 @@ class TrainingSession:
             gate = examiner.gate(exam)
             progress.loss_ok, progress.gate_reason = gate.ok, gate.reason
             self._judge_progress(exam)
-        progress.evaluation_seconds += time.perf_counter() - begun
+        progress.evaluation_seconds += self._since(begun)
         self._snapshots.publish(self._regime)
 
     def _judge_progress(self, exam: Exam) -> None:
@@ -262,11 +274,13 @@ class TrainingSession:
         if probe is None:
             progress.integration = {"phi": None, "reason": "there is no held-out experience to measure on yet"}
         else:
-            report = measure_integration(*kernel_states(self.live.ema.shadow, probe))
+            with within(self.courtesy, self.live.ema.shadow):
+                states = kernel_states(self.live.ema.shadow, probe)
+            report = measure_integration(*states, between=self.courtesy)
             progress.integration = asdict(report)
             if report.phi is not None:
                 self.live.phi_window.add(report.phi)
-        cost = time.perf_counter() - begun
+        cost = self._since(begun)
         progress.phi_seconds += cost
         every, share = self._settings.phi_every, self._settings.phi_share
         progress.next_phi = self.step + phi_interval(cost, progress.train_seconds / self.step, every, share)

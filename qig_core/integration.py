@@ -20,7 +20,7 @@ the successor of another; at least 20 k^2 state pairs, otherwise ``phi`` is None
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -114,12 +114,14 @@ def phi_g(
     start: Tensor | None = None,
     tolerance: float = TOLERANCE,
     max_iterations: int = MAX_ITERATIONS,
+    between: Callable[[], None] | None = None,
 ) -> PhiResult:
     """Phi_G of a stationary or non-stationary Gaussian pair (X, Y) from its covariances.
 
     ``cov_x``, ``cov_y`` [d, d]; ``cov_yx`` [d, d] = E[y x'], rows belong to Y. ``groups``: coordinates of each unit
     (default: every coordinate is a unit). ``parts``: bipartitions of the units to try, as pairs of index tuples
-    (default: all). ``start``: ``PhiResult.a`` of an earlier call with the same partitions. Values in nats, float64.
+    (default: all). ``start``: ``PhiResult.a`` of an earlier call with the same partitions. ``between`` is called before
+    each iteration of the solver (see there). Values in nats, float64.
     Raises InvalidInput for shapes that do not fit and for covariances that are not positive definite.
     """
     cov_x, cov_yx, cov_y = (m.detach().double() for m in (cov_x, cov_yx, cov_y))
@@ -136,7 +138,7 @@ def phi_g(
     information = gaussian.mutual_information(law)  # also proves the covariances positive definite
     labels = _labels(partitions, groups).to(cov_x.device)
     free = labels.unsqueeze(-1) == labels.unsqueeze(-2)  # [P, d, d]
-    found = solve(law, free, start, tolerance, max_iterations)
+    found = solve(law, free, start, tolerance, max_iterations, between)
     smaller = torch.minimum(labels.sum(-1), (~labels).sum(-1)).double()  # K of each partition
     best = int((found.value / smaller).argmin())
     return PhiResult(
@@ -213,10 +215,12 @@ def measure_integration(
     read_out: str = "projection",
     snr_db: float = 20.0,
     generator: torch.Generator | None = None,
+    between: Callable[[], None] | None = None,
 ) -> IntegrationReport:
     """Phi and its companions from state pairs x, y [N, D] (row n of y follows row n of x).
 
-    ``generator`` draws the surrogates (default: a fixed seed, so that equal states give equal numbers).
+    ``generator`` draws the surrogates (default: a fixed seed, so that equal states give equal numbers). ``between`` is
+    called every few milliseconds of the work: a caller that shares the processor may wait there.
     """
     if x.shape != y.shape or x.dim() != 2:
         raise InvalidInput(f"state pairs must be two tensors [N, D], got {list(x.shape)} and {list(y.shape)}")
@@ -232,8 +236,8 @@ def measure_integration(
         return IntegrationReport(None, reason, None, None, None, k, None, samples, snr_db, read_out)
     units_x, units_y = (_standardise(u) for u in _read(x.detach().double(), y.detach().double(), k, read_out))
     cov_x, cov_yx, cov_y = _covariances(units_x, units_y, snr_db)
-    result = _weakest_cut(cov_x, cov_yx, cov_y)
-    surrogate = _surrogate(units_x, units_y, snr_db, result.partition, generator)
+    result = _weakest_cut(cov_x, cov_yx, cov_y, between)
+    surrogate = _surrogate(units_x, units_y, snr_db, result.partition, generator, between)
     law = gaussian.regress(cov_x, cov_yx, cov_y)
     return IntegrationReport(
         phi=normalise(result.value_nats - surrogate, len(result.partition[0])),
@@ -253,22 +257,30 @@ def measure_integration(
     )
 
 
-def _weakest_cut(cov_x: Tensor, cov_yx: Tensor, cov_y: Tensor) -> PhiResult:
+def _weakest_cut(cov_x: Tensor, cov_yx: Tensor, cov_y: Tensor, between: Callable[[], None] | None) -> PhiResult:
     """``phi_g`` over all bipartitions, exact only for those that come near the weakest."""
-    rough = phi_g(cov_x, cov_yx, cov_y, max_iterations=_ROUGH_ITERATIONS)
+    rough = phi_g(cov_x, cov_yx, cov_y, max_iterations=_ROUGH_ITERATIONS, between=between)
     per_coordinate = rough.values / torch.tensor([len(one) for one, _ in rough.partitions], device=rough.values.device)
     near = torch.nonzero(per_coordinate <= _ROUGH_MARGIN * per_coordinate.min() + 1e-4).squeeze(-1)
     parts = [rough.partitions[index] for index in near.tolist()]
-    return phi_g(cov_x, cov_yx, cov_y, parts=parts, start=rough.a[near], tolerance=_FINE_TOLERANCE)
+    start = rough.a[near]
+    return phi_g(cov_x, cov_yx, cov_y, parts=parts, start=start, tolerance=_FINE_TOLERANCE, between=between)
 
 
-def _surrogate(x: Tensor, y: Tensor, snr_db: float, cut: Parts, generator: torch.Generator | None) -> float:
+def _surrogate(
+    x: Tensor,
+    y: Tensor,
+    snr_db: float,
+    cut: Parts,
+    generator: torch.Generator | None,
+    between: Callable[[], None] | None,
+) -> float:
     """Mean Phi_G at the same cut when successors are shuffled in time: what finite samples alone produce."""
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     values = []
     for _ in range(_SURROGATES):
         order = torch.randperm(len(y), generator=generator).to(y.device)
-        values.append(phi_g(*_covariances(x, y[order], snr_db), parts=[cut]).value_nats)
+        values.append(phi_g(*_covariances(x, y[order], snr_db), parts=[cut], between=between).value_nats)
     return sum(values) / len(values)
 
 

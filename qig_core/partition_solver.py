@@ -18,6 +18,7 @@ entries, n about d^2 / 2; meant for d <= 12. All tensors float64 and outside aut
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -112,11 +113,13 @@ def solve(
     start: Tensor | None = None,
     tolerance: float = TOLERANCE,
     max_iterations: int = MAX_ITERATIONS,
+    between: Callable[[], None] | None = None,
 ) -> Disconnected:
     """Minimise f for each mask ``free`` [P, d, d] (True: within a part). ``start`` [P, d, d]: an earlier solution.
 
     ``tolerance``: a partition is done when one more step promises less than this many nats. Values that were stopped
-    by ``max_iterations`` are upper bounds.
+    by ``max_iterations`` are upper bounds. ``between`` is called before each iteration: a caller that shares the
+    processor may wait there.
     """
     free = free.to(law.a.device)
     sizes = free.sum((1, 2))
@@ -126,14 +129,21 @@ def solve(
     iterations = 0
     for size in sorted(set(sizes.tolist())):
         index = torch.nonzero(sizes == size).squeeze(-1)
-        found = _solve_equal(law, free[index], None if start is None else start[index], tolerance, max_iterations)
+        found = _solve_equal(
+            law, free[index], None if start is None else start[index], tolerance, max_iterations, between
+        )
         value[index], a[index], cov_e[index], converged[index] = found.value, found.a, found.cov_e, found.converged
         iterations = max(iterations, found.iterations)
     return Disconnected(value, a, cov_e, iterations, converged)
 
 
 def _solve_equal(
-    law: Regression, free: Tensor, start: Tensor | None, tolerance: float, max_iterations: int
+    law: Regression,
+    free: Tensor,
+    start: Tensor | None,
+    tolerance: float,
+    max_iterations: int,
+    between: Callable[[], None] | None,
 ) -> Disconnected:
     """``solve`` for partitions with equally many free entries."""
     problem = _Problem(law, free)
@@ -144,6 +154,8 @@ def _solve_equal(
     iteration = 0
     while len(active) and iteration < max_iterations:
         iteration += 1
+        if between is not None:
+            between()
         part = problem if len(active) == problem.count else problem.take(active)
         here, now, mu = a[active], value[active], damping[active]
         safe, newton, allowed, gain = part.steps(here, mu)

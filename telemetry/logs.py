@@ -16,6 +16,12 @@ import structlog
 
 from settings import TelemetrySettings
 
+#: Without the values of local variables: they would put prompts into the log, and drawing those of a training step
+#: takes minutes in which nothing else of the process runs.
+_JSON_TRACEBACKS = structlog.processors.ExceptionRenderer(
+    structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+)
+
 
 def configure(settings: TelemetrySettings) -> None:
     """Set up structlog and the standard library's root logger; calling it again replaces the set-up."""
@@ -66,8 +72,9 @@ class _StandardOutput(logging.StreamHandler[TextIO]):
 def _rendering(settings: TelemetrySettings) -> list[Any]:
     tidy = structlog.stdlib.ProcessorFormatter.remove_processors_meta
     if settings.log_format == "json":
-        return [tidy, structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(default=str)]
-    return [tidy, structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty())]
+        return [tidy, _JSON_TRACEBACKS, structlog.processors.JSONRenderer(default=str)]
+    plain = structlog.dev.plain_traceback
+    return [tidy, structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty(), exception_formatter=plain)]
 
 
 def bind_request(request_id: str) -> None:

@@ -4,7 +4,7 @@ A real Zeus with a real database in a temporary folder learns eight intents of b
 train; a fourth, trained beforehand and paused, is asked over ``Zeus.query`` (no HTTP), at a steady pace and one at a
 time. Blocks with the three paused and with the three training alternate, so that a noisy minute hits both. Latency is
 wall time, as a client sees it: run this on a machine that does nothing else. The share of overhead is the trainer's
-own account (``status.cost``): Phi, examinations and checkpoints against all of its time.
+own account (``status.cost``) over that minute: Phi, examinations and checkpoints against all of its time.
 
     rank       eight candidates
     generate   at most 32 bytes, greedy
@@ -70,7 +70,7 @@ def _measure(zeus: Zeus, preset: str, seed: int, options: Options) -> tuple[list
     trainers = [_spawn(zeus, f"trainer-{number}", preset, seed + number, items) for number in range(TRAINERS)]
     for kernel in trainers:
         _wait(zeus, kernel, 2 if options.quick else 10)
-    speed = _throughput(zeus, trainers, 5.0 if options.quick else 30.0)
+    speed = _throughput(zeus, trainers, 5.0 if options.quick else 60.0)
     latency: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in _questions(messages)}
     rounds, count = (2, 8) if options.quick else (4, 40)
     for _ in range(rounds):
@@ -140,7 +140,9 @@ def _throughput(zeus: Zeus, kernels: list[str], seconds: float) -> list[str]:
     steps = sum(b["step"] - a["step"] for a, b in zip(before, after, strict=True))
     seen = sum(b["bytes_seen"] - a["bytes_seen"] for a, b in zip(before, after, strict=True))
     parts = {
-        part: sum(status["cost"][f"{part}_seconds"] for status in after)
+        part: sum(
+            b["cost"][f"{part}_seconds"] - a["cost"][f"{part}_seconds"] for a, b in zip(before, after, strict=True)
+        )
         for part in ("train", "phi", "evaluation", "checkpoint")
     }
     whole = sum(parts.values())
