@@ -35,6 +35,7 @@ from olympus.chat_types import (
 )
 from settings import Settings
 from telemetry.hub import EventHub
+from workspace.channels import ToolCall, ToolCallDelta
 from workspace.errors import InvalidSampling
 
 if TYPE_CHECKING:  # torch is imported by whoever loads the model
@@ -95,7 +96,12 @@ class ChatService:
     def _submit(self, engine: Engine, request: ChatRequest) -> Generation:
         template = str(engine.loaded.tokenizer.chat_template)
         messages = [_for_template(message, template) for message in request.messages]
-        return engine.submit(messages, self._sampling(request))
+        return engine.submit(
+            messages,
+            self._sampling(request),
+            tools=request.tools or None,
+            reasoning_effort=request.reasoning_effort,
+        )
 
     def _sampling(self, request: ChatRequest) -> SamplingParams:
         from workspace.sampling import SamplingParams
@@ -142,7 +148,7 @@ class ChatService:
         """Write the exchange; returns its id, or None when there is nothing to remember."""
         request, cancelled = run.request, finished.finish_reason == "cancelled"
         observation = _observation(request.messages)
-        action = finished.text.replace("\x00", "\ufffd")  # PostgreSQL stores no NUL
+        action = _storable(finished.text)
         if (cancelled and not action) or not (observation or action):
             return None
         experience = NewExperience(
@@ -217,7 +223,7 @@ class ChatRun:
             elif isinstance(event, Finished):
                 yield self._finish(event)
             else:
-                yield self._delta(event)
+                yield self._delta(event)  # None for a token that is no text
 
     def cancel(self) -> None:
         """Ask for the end; ``events`` then ends with reason "cancelled" within one token."""
@@ -267,6 +273,9 @@ class ChatRun:
             domain=self.domain,
             session_id=self.request.session_id,
             timings=asdict(finished.timings),
+            reasoning=finished.reasoning,
+            reasoning_tokens=finished.usage.reasoning_tokens,
+            tool_calls=finished.tool_calls if self.request.tools else (),
         )
         experience_id = self._service._commit(self, told)
         self._service._announce(self.model, told)
@@ -276,7 +285,10 @@ class ChatRun:
         record = self._replay
         assert record is not None, "a run has a generation or a recorded answer"
         self._ended = True
-        yield Delta(record.action)
+        calls = tuple(ToolCall(**call) for call in record.meta.get("tool_calls", ()))
+        reasoning = record.meta.get("reasoning", "")
+        told = tuple(ToolCallDelta(place, call.name, call.arguments) for place, call in enumerate(calls))
+        yield Delta(record.action, reasoning=reasoning, tool_calls=told)
         yield ChatFinished(
             finish_reason=record.meta["finish_reason"],
             text=record.action,
@@ -287,13 +299,21 @@ class ChatRun:
             session_id=record.session_id,
             timings={},
             replayed=True,
+            reasoning=reasoning,
+            reasoning_tokens=record.meta.get("reasoning_tokens"),
+            tool_calls=calls,
         )
 
-    def _delta(self, chunk: TokenChunk) -> Delta:
-        if chunk.logprob is None or chunk.token_id is None:
-            return Delta(chunk.text)
-        top = tuple(self._token(item.token_id, item.logprob) for item in chunk.top_logprobs)
-        return Delta(chunk.text, (self._token(chunk.token_id, chunk.logprob, top),))
+    def _delta(self, chunk: TokenChunk) -> Delta | None:
+        tokens: tuple[TokenInfo, ...] = ()
+        if chunk.logprob is not None and chunk.token_id is not None and chunk.channel == "content":
+            top = tuple(self._token(item.token_id, item.logprob) for item in chunk.top_logprobs)
+            tokens = (self._token(chunk.token_id, chunk.logprob, top),)
+        # A call of a tool that nobody offered has nobody to answer it.
+        calls = chunk.tool_calls if self.request.tools else ()
+        if chunk.channel != "content" and not (chunk.text or chunk.reasoning or calls):
+            return None
+        return Delta(chunk.text, tokens, chunk.reasoning, calls)
 
     def _token(self, token_id: int, logprob: float, top: tuple[TokenInfo, ...] = ()) -> TokenInfo:
         text: str = self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
@@ -329,9 +349,21 @@ def _meta(run: ChatRun, finished: ChatFinished) -> dict[str, Any]:
         "timings": {name: None if value is None else round(value, 4) for name, value in finished.timings.items()},
         "actor": run.request.actor,
     }
+    if finished.reasoning_tokens is not None:
+        meta["reasoning_tokens"] = finished.reasoning_tokens
+    if finished.reasoning:
+        meta["reasoning"] = _storable(finished.reasoning)
+    if finished.tool_calls:
+        meta["tool_calls"] = [
+            {"name": _storable(call.name), "arguments": _storable(call.arguments)} for call in finished.tool_calls
+        ]
     if run.key is not None:
         meta["request_sha256"] = run.request.fingerprint()
     return meta
+
+
+def _storable(text: str) -> str:
+    return text.replace("\x00", "\ufffd")  # PostgreSQL stores no NUL
 
 
 def _request_id(request: ChatRequest) -> str:

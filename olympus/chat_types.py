@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from olympus.errors import InvalidAction, InvalidRequest, OlympusError
+from workspace.channels import ToolCall, ToolCallDelta
 
 FinishReason = Literal["stop", "length", "timeout", "cancelled"]
 
@@ -44,7 +45,10 @@ class GenerationFailed(OlympusError):
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """What a client wants. None means: as the settings say. ``messages`` hold plain text contents."""
+    """What a client wants. None means: as the settings say. ``messages`` hold plain text contents.
+
+    ``reasoning_effort`` counts for models that know it; ``tools`` are OpenAI's objects.
+    """
 
     messages: tuple[Mapping[str, Any], ...]
     model: str | None = None
@@ -60,6 +64,8 @@ class ChatRequest:
     stop: tuple[str, ...] = ()
     logprobs: bool = False
     top_logprobs: int = 0
+    tools: tuple[Mapping[str, Any], ...] = ()
+    reasoning_effort: str | None = None
     session_id: str | None = None
     domain: str | None = None
     idempotency_key: str | None = None
@@ -69,6 +75,9 @@ class ChatRequest:
         """Hex SHA-256 of what decides the answer; equal for a true retry."""
         content = {field.name: getattr(self, field.name) for field in fields(self)}
         del content["idempotency_key"], content["actor"]
+        for younger in ("tools", "reasoning_effort"):  # the digests of older requests know nothing of them
+            if not content[younger]:
+                del content[younger]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=dict).encode()).hexdigest()
 
 
@@ -98,15 +107,20 @@ class TokenInfo:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Text that is certain now, and the tokens behind it when log-probabilities were asked for."""
+    """What is certain now, and the tokens behind the text when log-probabilities were asked for."""
 
     text: str
     tokens: tuple[TokenInfo, ...] = ()
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ChatFinished:
-    """The last event; the exchange is in the history. ``timings`` are seconds, None where never reached."""
+    """The last event; the exchange is in the history. ``timings`` are seconds, None where never reached.
+
+    ``reasoning_tokens`` is None for models that have no channel for reasoning.
+    """
 
     finish_reason: FinishReason
     text: str
@@ -117,3 +131,6 @@ class ChatFinished:
     session_id: str | None
     timings: Mapping[str, float | None]
     replayed: bool = False
+    reasoning: str = ""
+    reasoning_tokens: int | None = None
+    tool_calls: tuple[ToolCall, ...] = ()

@@ -1,6 +1,7 @@
 """OpenAI's chat completion objects, byte for byte as their clients read them, plus one field of ours, ``olympus``.
 
-Shapes: the OpenAI API reference, and what its Python client was seen to accept. No logic, no HTTP.
+Shapes: the OpenAI API reference, and what its Python client was seen to accept. Reasoning, which that API does not
+give out, goes by both names that clients look for, ``reasoning_content`` and ``reasoning``. No logic, no HTTP.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from olympus.chat_types import ChatFinished, Delta, ModelCard, TokenInfo
+from workspace.channels import ToolCallDelta
 
 #: OpenAI knows no time limit; to a client it is a limit on the length like any other. ``olympus`` says which it was.
 _FINISH = {"stop": "stop", "length": "length", "timeout": "length"}
@@ -38,11 +40,18 @@ class Wire:
 
     def completion(self, finished: ChatFinished, tokens: Sequence[TokenInfo] | None) -> dict[str, Any]:
         """The whole answer of a request that does not stream."""
+        message: dict[str, Any] = {"role": "assistant", "content": finished.text, "refusal": None}
+        message |= _reasoning(finished.reasoning)
+        if finished.tool_calls:
+            message["content"] = finished.text or None
+            message["tool_calls"] = [
+                self._call(place, call.name, call.arguments) for place, call in enumerate(finished.tool_calls)
+            ]
         choice = {
             "index": 0,
-            "message": {"role": "assistant", "content": finished.text, "refusal": None},
+            "message": message,
             "logprobs": logprobs(tokens),
-            "finish_reason": _FINISH[finished.finish_reason],
+            "finish_reason": _finish(finished),
         }
         whole = self._head("chat.completion") | {"choices": [choice], "usage": usage(finished)}
         return whole | {"olympus": ours(finished)}
@@ -52,17 +61,37 @@ class Wire:
         return self._chunk({"role": "assistant", "content": ""})
 
     def delta(self, deltas: Sequence[Delta]) -> dict[str, Any]:
-        """A chunk of text; several deltas become one."""
+        """A chunk of text, reasoning, or tool calls; several deltas become one."""
         tokens = [token for delta in deltas for token in delta.tokens]
-        return self._chunk({"content": "".join(delta.text for delta in deltas)}, logprobs(tokens or None))
+        told = _reasoning("".join(delta.reasoning for delta in deltas))
+        if calls := [call for delta in deltas for call in delta.tool_calls]:
+            told["tool_calls"] = self._call_deltas(calls)
+        text = "".join(delta.text for delta in deltas)
+        if text or not told:
+            told["content"] = text
+        return self._chunk(told, logprobs(tokens or None))
 
     def last(self, finished: ChatFinished) -> dict[str, Any]:
         """The chunk that says why the answer ended, and what became of it."""
-        return self._chunk({}, finish_reason=_FINISH[finished.finish_reason]) | {"olympus": ours(finished)}
+        return self._chunk({}, finish_reason=_finish(finished)) | {"olympus": ours(finished)}
 
     def usage_chunk(self, finished: ChatFinished) -> dict[str, Any]:
         """The chunk after the last, for clients that asked for the usage."""
         return self._head("chat.completion.chunk") | {"choices": [], "usage": usage(finished)}
+
+    def _call(self, place: int, name: str, arguments: str) -> dict[str, Any]:
+        call_id = f"call_{self.id.removeprefix('chatcmpl-')[:24]}{place}"  # clients allow 40 characters
+        return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+    def _call_deltas(self, deltas: Sequence[ToolCallDelta]) -> list[dict[str, Any]]:
+        """One entry per call; the first that is told of a call holds its name."""
+        entries: dict[int, dict[str, Any]] = {}
+        for delta in deltas:
+            if delta.name is not None:
+                entries[delta.index] = {"index": delta.index} | self._call(delta.index, delta.name, "")
+            entry = entries.setdefault(delta.index, {"index": delta.index, "function": {"arguments": ""}})
+            entry["function"]["arguments"] += delta.arguments
+        return list(entries.values())
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
@@ -81,10 +110,17 @@ class Wire:
         return chunk | {"usage": None} if self.with_usage else chunk
 
 
-def usage(finished: ChatFinished) -> dict[str, int]:
+def usage(finished: ChatFinished) -> dict[str, Any]:
     """True counts, of the model's own tokens."""
     prompt, completion = finished.prompt_tokens, finished.completion_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    counts: dict[str, Any] = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+    if finished.reasoning_tokens is not None:
+        counts["completion_tokens_details"] = {"reasoning_tokens": finished.reasoning_tokens}
+    return counts
 
 
 def logprobs(tokens: Sequence[TokenInfo] | None) -> dict[str, Any] | None:
@@ -104,6 +140,15 @@ def ours(finished: ChatFinished) -> dict[str, Any]:
         "ended_by": finished.finish_reason,
         "replayed": finished.replayed,
     }
+
+
+def _reasoning(text: str) -> dict[str, Any]:
+    return {"reasoning_content": text, "reasoning": text} if text else {}
+
+
+def _finish(finished: ChatFinished) -> str:
+    called = bool(finished.tool_calls) and finished.finish_reason == "stop"
+    return "tool_calls" if called else _FINISH[finished.finish_reason]
 
 
 def _token(token: TokenInfo) -> dict[str, Any]:

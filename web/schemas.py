@@ -168,7 +168,7 @@ class ChatBody(_Body):
     metadata: Ignored = None
     store: Ignored = None
     service_tier: Ignored = None
-    reasoning_effort: Ignored = None
+    reasoning_effort: Any = None  #: only some models know it: they judge the value, the others ignore it
     verbosity: Ignored = None
     parallel_tool_calls: Ignored = None
     prompt_cache_key: Ignored = None
@@ -213,6 +213,7 @@ class ChatBody(_Body):
             stop=self.stop,
             logprobs=bool(self.logprobs),
             top_logprobs=self.top_logprobs or 0,
+            reasoning_effort=None if self.reasoning_effort is None else str(self.reasoning_effort),
             session_id=self.session or inner.session,
             domain=self.domain or inner.domain,
             idempotency_key=idempotency_key,

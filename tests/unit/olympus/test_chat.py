@@ -278,7 +278,7 @@ class _Wordless:
 
 
 def test_nothing_is_recorded_when_nothing_was_said(make: Make, engine: Engine, history: History) -> None:
-    silent = SimpleNamespace(loaded=engine.loaded, submit=lambda messages, params: _Wordless("cancelled"))
+    silent = SimpleNamespace(loaded=engine.loaded, submit=lambda *_, **__: _Wordless("cancelled"))
     run = make(lambda: silent).open(request())
     (finished,) = run.events()
     assert isinstance(finished, ChatFinished)
@@ -289,7 +289,7 @@ def test_nothing_is_recorded_when_nothing_was_said(make: Make, engine: Engine, h
 
 
 def test_a_failed_generation_is_an_error_without_details(make: Make, engine: Engine, history: History) -> None:
-    broken = SimpleNamespace(loaded=engine.loaded, submit=lambda messages, params: _Wordless("error"))
+    broken = SimpleNamespace(loaded=engine.loaded, submit=lambda *_, **__: _Wordless("error"))
     run = make(lambda: broken).open(request())
     with pytest.raises(GenerationFailed) as caught:
         list(run.events())

@@ -299,7 +299,9 @@ def scripted(
     def make(script: list[Any], **server: Any) -> tuple[FlaskClient, Runtime, Scripted]:
         made = make_runtime(server=server)
         generation = Scripted(script)
-        engine = SimpleNamespace(loaded=runtime.engine.loaded, submit=lambda *_: generation, stop=lambda timeout: True)
+        engine = SimpleNamespace(
+            loaded=runtime.engine.loaded, submit=lambda *_, **__: generation, stop=lambda timeout: True
+        )
         made._engine = engine  # type: ignore[assignment]
         return create_app(runtime=made).test_client(), made, generation
 
