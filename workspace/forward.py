@@ -18,13 +18,55 @@ from workspace.models import LoadedModel
 
 
 class StepContext(Protocol):
-    """What a request carries through its generation. Called on the engine's thread, before every forward pass."""
+    """What a request carries through its generation. Everything is called on the engine's thread, in this order.
+
+    ``PassiveContext`` has all of it with no effect; derive from it and change what is needed.
+    """
+
+    def begin(self, cache: DynamicCache, prompt_ids: Sequence[int]) -> None:
+        """The generation's cache was made and is empty."""
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The most tokens that one forward pass may feed; None: as many as the engine likes."""
 
     def forward_kwargs(self, start: int, count: int) -> Mapping[str, Any]:
-        """Keyword arguments for the model for positions ``start .. start + count - 1``; often empty.
+        """Before a pass over positions ``start .. start + count - 1``: keyword arguments for the model; often empty.
 
         Values must be plain objects: accelerate calls ``.to()`` on anything that has one.
         """
+
+    def fed(self, start: int, count: int) -> None:
+        """After that pass."""
+
+    def chosen(self, logits: torch.Tensor, token: int) -> bool:
+        """``token`` was sampled from the model's ``logits`` [V], float32; True ends the answer with it."""
+
+    def ended(self) -> None:
+        """The generation has ended, in whatever way; also when it never began. May come from another thread."""
+
+
+class PassiveContext:
+    """A ``StepContext`` that does nothing."""
+
+    most_tokens: int | None = None
+
+    def begin(self, cache: DynamicCache, prompt_ids: Sequence[int]) -> None:
+        """Nothing to prepare."""
+
+    def forward_kwargs(self, start: int, count: int) -> Mapping[str, Any]:
+        """Nothing to carry."""
+        return {}
+
+    def fed(self, start: int, count: int) -> None:
+        """Nothing to note."""
+
+    def chosen(self, logits: torch.Tensor, token: int) -> bool:
+        """Never an end."""
+        return False
+
+    def ended(self) -> None:
+        """Nothing to give back."""
 
 
 class Forward:

@@ -223,6 +223,8 @@ class Generation:
                 reasoning="".join(self._thoughts),
                 tool_calls=tuple(ToolCall(call[0], "".join(call[1:])) for call in self._calls),
             )
+            if self.context is not None:
+                self.context.ended()
             self._events.put(self._finished)
             self._done.set()
 

@@ -18,23 +18,33 @@ def advance(generation: Generation, forward: Forward, *, eos_ids: frozenset[int]
     if generation.cancelled:
         generation.finish("cancelled")
         return
+    context = generation.context
     if generation.cache is None:
         generation.cache = forward.new_cache()
+        if context is not None:
+            context.begin(generation.cache, generation.prompt_ids)
     if generation.prefilled:
         fed = generation.token_ids[-1:]
     else:
-        fed = list(generation.prompt_ids[generation.position : generation.position + prefill_chunk])
+        most = prefill_chunk if context is None else min(prefill_chunk, context.most_tokens or prefill_chunk)
+        fed = list(generation.prompt_ids[generation.position : generation.position + most])
     logits = _feed(generation, forward, fed)
-    if generation.prefilled:
-        generation.accept(generation.sampler.choose(logits), eos_ids)
+    if not generation.prefilled:
+        return
+    sampled = generation.sampler.choose(logits)
+    generation.accept(sampled, eos_ids)
+    if context is not None and generation.finished is None and context.chosen(logits, sampled.token_id):
+        generation.finish("stop")
 
 
 def _feed(generation: Generation, forward: Forward, token_ids: list[int]) -> torch.Tensor:
     """Run the model on ``token_ids`` after what is cached; logits of the last one [V]."""
-    cache = generation.cache
+    cache, context, start = generation.cache, generation.context, generation.position
     assert cache is not None
-    start = generation.position
-    extra = {} if generation.context is None else generation.context.forward_kwargs(start, len(token_ids))
-    logits = forward(token_ids, cache, start, extra)
+    if context is None:
+        logits = forward(token_ids, cache, start, {})
+    else:
+        logits = forward(token_ids, cache, start, context.forward_kwargs(start, len(token_ids)))
+        context.fed(start, len(token_ids))
     generation.position = start + len(token_ids)
     return logits

@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from workspace.engine import Engine
 from workspace.errors import EngineBusy, EngineStopped, InvalidPrompt, PromptTooLong
 from workspace.forward import Forward
+from workspace.forward import PassiveContext
 from workspace.generation import Finished, Generation, TokenChunk
 from workspace.models import LoadedModel
 from workspace.sampling import SamplingParams
@@ -26,7 +27,7 @@ ARCHITECTURES = ("llama", "gemma3", "gpt_oss")
 LONG = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
 
 
-class Gate:
+class Gate(PassiveContext):
     """A request's context that lets the worker take one forward pass per ``permits.release()``."""
 
     def __init__(self) -> None:
@@ -193,7 +194,7 @@ def test_running_streams_go_on_while_a_long_prompt_is_read(tiny: LoadedModel, ma
     engine = make_engine(tiny, prefill_chunk=16)
     order: list[str] = []
 
-    class Ordered:
+    class Ordered(PassiveContext):
         def __init__(self, name: str):
             self.name = name
 
@@ -288,7 +289,7 @@ def test_a_waiting_request_can_be_cancelled(tiny: LoadedModel, make_engine: Make
 def test_an_error_ends_only_its_own_generation(
     tiny: LoadedModel, make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Broken:
+    class Broken(PassiveContext):
         def forward_kwargs(self, start: int, count: int) -> Mapping[str, Any]:
             if start > 6:
                 raise RuntimeError("the hook is broken")
@@ -401,7 +402,7 @@ def test_forward_arguments_reach_the_attention_function(tiny_models: Any, make_e
         seen.append((module.layer_idx, workspace))
         return eager_attention_forward(module, *args, **kwargs)
 
-    class Carrying:
+    class Carrying(PassiveContext):
         def forward_kwargs(self, start: int, count: int) -> Mapping[str, Any]:
             return {"workspace": marker}
 
