@@ -570,6 +570,28 @@ def test_beyond_the_parking_sessions_leave_for_persistence() -> None:
         store.check_invariants()
 
 
+def test_a_session_that_is_looked_at_stays_and_another_leaves() -> None:
+    shelf = Shelf()
+    store = _store(max_bytes=2 * TOKEN, spill_bytes=4 * TOKEN, load=shelf.load, save=shelf.save)
+    for name in "ab":
+        _write(store, name, {1: 2})
+    store.view("a")
+    _write(store, "c", {1: 2})
+    assert store.sessions() == ["a", "c"]
+
+
+def test_what_is_spilled_by_hand_keeps_the_parking_within_its_budget() -> None:
+    shelf = Shelf()
+    limits = {"max_bytes": 2 * TOKEN, "spill_bytes": 8 * TOKEN, "parked_bytes": TOKEN}
+    store = _store(**limits, parking=torch.device("cpu"), load=shelf.load, save=shelf.save)
+    for name in ("older", "newer"):
+        _write(store, name, {1: 2})
+    assert store.spill("newer")
+    assert store.sessions() == ["older"]  # which is not parked, so it was not its turn
+    assert store.totals().parked_bytes == 0
+    store.check_invariants()
+
+
 def test_what_was_flushed_is_spilled_without_saving_again() -> None:
     shelf = Shelf()
     store = _store(max_bytes=2 * TOKEN, spill_bytes=2 * TOKEN, load=shelf.load, save=shelf.save)
@@ -678,6 +700,10 @@ def test_a_flush_saves_only_what_is_new() -> None:
     store.flush("s")
     store.tick("s")
     store.flush("s")
+    assert shelf.saves == ["s", "s", "s"]
+    again = _store(load=shelf.load, save=shelf.save)
+    assert again.view("s")
+    again.flush("s")
     assert shelf.saves == ["s", "s", "s"]
 
 
