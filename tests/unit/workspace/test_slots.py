@@ -59,6 +59,23 @@ def test_shapes_and_that_attention_is_shared_out_over_slots() -> None:
     torch.testing.assert_close(update.attention.sum(dim=1), torch.ones(R, N))
 
 
+def test_it_is_slot_attention_as_the_paper_writes_it() -> None:
+    """Algorithm 1 of Locatello et al. (2020), literally: the module multiplies in another order."""
+    module, features = make(iterations=2), inputs()
+    keys, values = module.to_key_value(module.norm_inputs(features)).chunk(2, dim=-1)
+    slots = module.start(R)
+    for _ in range(2):
+        queries = module.to_query(module.norm_slots(slots))
+        attention = torch.softmax(queries @ keys.transpose(1, 2) / W**0.5, dim=1)
+        weights = attention + 1e-8
+        updates = (weights / weights.sum(dim=-1, keepdim=True)) @ values
+        slots = module.gru(updates.reshape(-1, W), slots.reshape(-1, W)).view(R, S, W)
+        slots = slots + module.mlp(module.norm_mlp(slots))
+    update = module(features)
+    torch.testing.assert_close(update.slots, slots, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(update.attention, attention, atol=1e-5, rtol=1e-5)
+
+
 def test_equal_inputs_give_equal_slots() -> None:
     first, second = make()(inputs()), make()(inputs())
     assert torch.equal(first.slots, second.slots)
