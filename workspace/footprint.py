@@ -74,18 +74,21 @@ def claim_of(config: Any) -> Claim | None:
     found = getattr(config, "quantization_config", None)
     if found is None:
         return None
-    options: Mapping[str, Any] = found if isinstance(found, Mapping) else found.to_dict()
-    method = str(getattr(options.get("quant_method"), "value", options.get("quant_method")))
-    bits = options.get("bits")
+
+    def option(key: str) -> Any:
+        return found.get(key) if isinstance(found, Mapping) else getattr(found, key, None)
+
+    method = str(getattr(option("quant_method"), "value", option("quant_method")))
+    bits = option("bits")
     if method == "mxfp4":
-        bits = None if options.get("dequantize") else 4
-    elif options.get("load_in_4bit") or options.get("_load_in_4bit"):
+        bits = None if option("dequantize") else 4
+    elif option("load_in_4bit"):
         bits = 4
-    elif options.get("load_in_8bit") or options.get("_load_in_8bit"):
+    elif option("load_in_8bit"):
         bits = 8
     if not isinstance(bits, int) or bits >= _FULL_BITS:
         return None
-    exempt = options.get("modules_to_not_convert") or options.get("llm_int8_skip_modules") or ()
+    exempt = option("modules_to_not_convert") or option("llm_int8_skip_modules") or ()
     return Claim(method, bits, tuple(exempt))
 
 
