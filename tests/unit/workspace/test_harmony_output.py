@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openai_harmony import Role, StreamableParser
 
 from tests.support.harmony import (
     CALL,
@@ -205,3 +206,18 @@ def test_any_tokens_are_read_and_no_control_token_leaks(answer: list[int]) -> No
         for text in (heard.content, heard.reasoning, *(part or "" for call in heard.calls for part in call)):
             assert text.count(name) <= spelled.count(name)
     assert heard.reasoning_tokens == heard.channels.count("reasoning")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.one_of(st.integers(0, 255), st.integers(0, FIRST_SPECIAL - 1)), max_size=30), st.booleans())
+def test_texts_of_any_bytes_equal_openai_harmonys(text: list[int], ended: bool) -> None:
+    """Tokens that are no valid UTF-8, alone or at all, and texts that are cut off."""
+    found = find_harmony_tokens(harmony_tokenizer())
+    assert found is not None
+    answer = [CHANNEL, *encode("final"), MESSAGE, *text, *[RETURN] * ended]
+    parser = StreamableParser(harmony_encoding(), role=Role.ASSISTANT)
+    for token in answer:
+        parser.process(token)
+    parser.process_eos()
+    (message,) = parser.messages
+    assert listen(found, answer).content == "".join(part.text for part in message.content)
