@@ -26,9 +26,8 @@ class StepContext(Protocol):
     def begin(self, cache: DynamicCache, prompt_ids: Sequence[int]) -> None:
         """The generation's cache was made and is empty."""
 
-    @property
-    def most_tokens(self) -> int | None:
-        """The most tokens that one forward pass may feed; None: as many as the engine likes."""
+    #: The most tokens that one forward pass may feed, from ``begin`` on; None: as many as the engine likes.
+    most_tokens: int | None
 
     def forward_kwargs(self, start: int, count: int) -> Mapping[str, Any]:
         """Before a pass over positions ``start .. start + count - 1``: keyword arguments for the model; often empty.

@@ -16,7 +16,7 @@ from workspace.attention import NAMES
 from workspace.context import Context
 from workspace.errors import InvalidWorkspace, UnsupportedModel
 from workspace.models import LoadedModel
-from workspace.residuals import LayerHooks
+from workspace.residuals import LayerHooks, Turning
 from workspace.rope import RopeHandle
 
 _MOST_DEFAULT_LAYERS = 6
@@ -59,11 +59,13 @@ class HookedModel:
         self.hidden_size = int(config.hidden_size)
         self.num_layers = int(config.num_hidden_layers)
         decoder = _decoder(loaded)
+        self.decoder_layers = decoder.layers
         self.head_dim = int(decoder.layers[0].self_attn.head_dim)
         try:
             self.rope = RopeHandle(decoder.rotary_emb, _layer_types(config), self.head_dim)
             _refuse_second_hooks(decoder, self.layers)
-            self._hooks = [LayerHooks(decoder.layers[index], index, self.rope.of(index)) for index in self.layers]
+            turning = Turning(self.rope.of(self.layers[0]))  # of all layers: they are of one type
+            self._hooks = [LayerHooks(decoder.layers[index], index, turning) for index in self.layers]
         except UnsupportedModel as error:
             raise UnsupportedModel(f"{loaded.name} cannot be hooked: {error}") from None
         self._check_handle = loaded.model.register_forward_pre_hook(self._check_context, with_kwargs=True)
