@@ -118,6 +118,10 @@ def test_a_limit_or_a_cancel_within_reasoning_keeps_it(gpt_oss: LoadedModel, mak
     assert finished.usage.reasoning_tokens == 3
     _, finished = run(engine, "Paris", max_tokens=1)
     assert (finished.reason, finished.text) == ("length", "Paris"), "an answer without a header, cut off"
+    _, finished = run(engine, "<|channel|>final Paris", max_tokens=3)
+    assert (finished.reason, finished.text) == ("length", ""), "cut off within a header"
+    _, finished = run(engine, "<|channel|>final Paris<|return|>")
+    assert (finished.reason, finished.text) == ("stop", "Paris"), "ended within a header: that was the text"
 
 
 def test_log_probabilities_say_to_which_channel_they_belong(gpt_oss: LoadedModel, make_engine: MakeEngine) -> None:
