@@ -30,6 +30,8 @@ from pydantic import (
     model_validator,
 )
 
+from workspace.workspace_config import WorkspaceConfig
+
 ROOT = Path(__file__).resolve().parent
 ENV_PREFIX = "OLYMPUS_"
 #: Environment names with the prefix that are not settings keys: used before the tree exists, by the command line
@@ -203,6 +205,7 @@ class Settings(_Section):
     database: DatabaseSettings = Field(default_factory=DatabaseSettings)
     model: ModelSettings = Field(default_factory=ModelSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
+    workspace: WorkspaceConfig = Field(default_factory=WorkspaceConfig)
     kernels: KernelSettings = Field(default_factory=KernelSettings)
     telemetry: TelemetrySettings = Field(default_factory=TelemetrySettings)
 
