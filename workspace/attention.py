@@ -6,9 +6,9 @@ because a model keeps what it would run without us: ``workspace`` goes with eage
 would trigger checks of transformers; a name without a mask function would lose the causal mask.) ``adopt_attention``
 gives a model its name once, when it is loaded; nothing is switched afterwards and nothing of the model is patched.
 
-A layer reads ``workspace=Context(...)`` from its keyword arguments, and the rotation that ``residuals.py`` hands it.
-Without a context, with an empty one, or on a layer that has no segment, the call goes to the very function that stock
-would run. The numbers are made in ``attention_backends.py``.
+A layer reads ``workspace=Context(...)`` from its keyword arguments, and what ``residuals.py`` adds to them on a hooked
+layer. Without a context, with an empty one, or on a layer that has no segment, the call goes to the very function that
+stock would run. The numbers are made in ``attention_backends.py``.
 """
 
 from __future__ import annotations
@@ -62,19 +62,19 @@ def workspace_attention(
     base: Base,
     workspace: Context | None = None,
     workspace_rope: LayerRope | None = None,
-    workspace_rotation: tuple[Tensor, Tensor] | None = None,
+    workspace_back: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer: ``query`` [R, Hq, T, D] and the cache's ``key``, ``value`` [R, H, N, D] to [R, T, Hq, D].
 
-    Query and keys are rotated. ``workspace_rope`` and ``workspace_rotation`` come from the hook on a hooked layer.
+    Query and keys are rotated. ``workspace_rope`` and ``workspace_back`` come from the hook on a hooked layer.
     """
     stock = stock_eager(module) if base == "eager" else sdpa_attention_forward
     if workspace is None:
         return stock(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
     layer: int = module.layer_idx  # type: ignore[assignment]
     segment = workspace.segments.get(layer)
-    if workspace_rope is None or workspace_rotation is None:
+    if workspace_rope is None or workspace_back is None:
         if segment is not None:
             raise InvalidWorkspace(f"there are virtual tokens for layer {layer}, which is not hooked")
         return stock(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
@@ -87,7 +87,7 @@ def workspace_attention(
         mask=attention_mask,
         position_ids=kwargs["position_ids"],
         rope=workspace_rope,
-        rotation=workspace_rotation,
+        back=workspace_back,
         scaling=kwargs.pop("scaling", None) or query.shape[-1] ** -0.5,
         rest=kwargs,
     )

@@ -1,8 +1,8 @@
 """Attention over real and virtual keys: three back ends with equal numbers.
 
-``merge``  (the default) runs the stock attention on the real keys, without copying the cache or repeating its heads,
-           attends to the virtual keys by itself, and weighs the two results by their log-sum-exp. Where no virtual key
-           has weight, the result is the stock result to the bit.
+``merge``  (the default) runs the stock attention on the real keys, without copying the cache, and lets its result
+           compete with the virtual keys by its log-sum-exp. Where no virtual key has weight, the result is the stock
+           result to the bit. Without a log-sum-exp (fused kernels on a GPU or under autograd) it is ``eager``.
 ``eager``  one softmax over the scores of real and virtual keys and the sink: the reference. The only one with dropout.
 ``fused``  torch's fused kernel: each virtual key and the sink is a column with a zero key, whose mask entry is its
            score; the sink's value is zero. It copies the cache, and gives gpt-oss, which is eager in transformers, a
@@ -26,7 +26,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from workspace.context import Segment
 from workspace.rope import LayerRope
@@ -60,7 +59,7 @@ class Call:
     mask: Tensor | None  #: [R, 1|H*G, T, N]: bool or additive; None is causal
     position_ids: Tensor  #: [R|1, T]
     rope: LayerRope
-    rotation: tuple[Tensor, Tensor]  #: the model's cosine and sine for ``position_ids``
+    back: tuple[Tensor, Tensor]  #: factors that turn the queries back, ``LayerRope.back`` for ``position_ids``
     scaling: float
     rest: dict[str, Any]  #: further arguments for the stock function, among them ``dropout``, ``softcap``, ``s_aux``
 
@@ -68,6 +67,11 @@ class Call:
     def heads(self) -> int:
         """H"""
         return int(self.key.shape[1])
+
+    @property
+    def dropout(self) -> float:
+        """Probability with which attention weights are dropped: 0 except in training."""
+        return float(self.rest.get("dropout", 0.0)) if self.module.training else 0.0
 
     def capped(self, scores: Tensor) -> Tensor:
         """The soft cap of models that have one (Gemma 2)."""
@@ -84,7 +88,7 @@ class Call:
 
     def content_query(self) -> Tensor:
         """The queries in content space, [R, H*G, T, D]."""
-        return self.rope.content(self.query, *self.rotation)
+        return self.rope.content(self.query, self.back)
 
 
 def placed(segment: Segment, rope: LayerRope, scaling: float, dtype: torch.dtype, device: torch.device) -> Placed:
@@ -115,10 +119,7 @@ def _place(segment: Segment, rope: LayerRope, scaling: float, dtype: torch.dtype
 
 def virtual_scores(call: Call, ready: Placed) -> Tensor:
     """Scores of the virtual keys, bias included, ``HIDDEN`` where they are invisible: [R, H, G, T, M]."""
-    work = ready.keys.dtype
-    cos, sin = call.rotation
-    back = call.rope.factors(cos.to(work), sin.to(work), inverse=True)
-    query = call.rope.turn(call.query.to(work), back)  # s^2 q
+    query = call.rope.turn(call.query.to(ready.keys.dtype), call.back)  # s^2 q
     scores = call.capped(call.split(call.grouped(query) @ ready.keys))
     visible = call.position_ids[:, None, None, :, None] >= ready.birth
     return torch.where(visible, scores + ready.bias, HIDDEN)
@@ -128,29 +129,27 @@ def virtual_scores(call: Call, ready: Placed) -> Tensor:
 
 
 def merge(call: Call, ready: Placed) -> tuple[Tensor, Tensor | None]:
-    """Stock attention for the real keys, then the virtual ones by log-sum-exp."""
-    if call.rest.get("dropout", 0.0) and call.module.training:
-        return eager(call, ready)  # stock applies dropout to weights that this one needs whole
-    real, weights, real_lse = _real_eager(call) if call.base == "eager" else _real_sdpa(call)
-    scores = virtual_scores(call, ready)
-    virtual = call.split(call.grouped(torch.softmax(scores, dim=-1).flatten(1, 2)) @ ready.values)  # [R, H, G, T, D]
-    virtual_lse = torch.logsumexp(scores, dim=-1, keepdim=True)  # [R, H, G, T, 1]
-    share = torch.sigmoid(virtual_lse - real_lse.clamp_min(_FLOOR))
-    # [R, T, H*G, ...], as the stock function lays its output out.
-    virtual, share = (x.flatten(1, 2).transpose(1, 2) for x in (virtual, share))
-    # lerp with weight 0 is its first argument, to the bit.
-    output = torch.lerp(real.to(virtual.dtype), virtual, share).to(real.dtype)
+    """Stock attention for the real keys; its result then competes as one more value with the virtual ones."""
+    if call.dropout or (call.base == "sdpa" and not _kernel_tells(call)):
+        return eager(call, ready)  # dropped weights, or no log-sum-exp but from all the scores, which then suffice
+    real, weights, lse = _real_eager(call) if call.base == "eager" else _real_sdpa(call)
+    scores = torch.cat((virtual_scores(call, ready), lse.clamp_min(_FLOOR)), dim=-1)
+    shares = torch.softmax(scores, dim=-1).flatten(1, 2)  # [R, H*G, T, M+1]
+    virtual = call.grouped(shares[..., :-1]) @ ready.values  # [R, H, G*T, D]
+    virtual = call.split(virtual).flatten(1, 2).transpose(1, 2)  # [R, T, H*G, D], as the stock function lays out
+    of_real = shares[..., -1:]
+    # A share of 1 leaves the real part as it is, to the bit.
+    output = torch.addcmul(virtual, real.to(virtual.dtype), of_real.transpose(1, 2)).to(real.dtype)
     if weights is None or not wants_weights(call):
         return output, None
-    return output, weights * (1 - share.transpose(1, 2)).to(weights.dtype)
+    return output, weights * of_real.to(weights.dtype)
 
 
 def eager(call: Call, ready: Placed) -> tuple[Tensor, Tensor | None]:
     """One softmax over everything."""
     weights, value = _weights(call, ready)
-    dropout = call.rest.get("dropout", 0.0)
-    if dropout and call.module.training:
-        weights = F.dropout(weights, p=dropout)
+    if call.dropout:
+        weights = F.dropout(weights, p=call.dropout)
     real = weights[..., : value.shape[2]].flatten(1, 2)  # [R, H*G, T, N]
     virtual = weights[..., value.shape[2] :][..., : ready.values.shape[2]].flatten(1, 2)
     output = call.grouped(real.to(value.dtype)) @ value
@@ -232,13 +231,24 @@ def _real_eager(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return output, weights, call.split(score.to(work)) - call.split(largest.to(work).clamp_min(_TINY).log())
 
 
+def _kernel_tells(call: Call) -> bool:
+    """True where torch's fused kernel gives out its log-sum-exp: on a CPU, and outside of autograd."""
+    return call.query.device.type == "cpu" and not torch.is_grad_enabled()
+
+
 def _real_sdpa(call: Call) -> tuple[Tensor, None, Tensor]:
-    """Stock fused attention, which keeps its log-sum-exp to itself: that comes from the scores, without the values."""
-    output, _ = sdpa_attention_forward(
-        call.module, call.query, call.key, call.value, call.mask, scaling=call.scaling, **call.rest
-    )
-    key, _, mask = _visible(call, torch.promote_types(call.query.dtype, torch.float32))
-    return output, None, torch.logsumexp(_real_scores(call, key, mask), dim=-1, keepdim=True)
+    """Stock fused attention: the kernel that torch takes on a CPU, called by its own name for the log-sum-exp."""
+    query, key, value, mask = call.query, call.key, call.value, call.mask
+    causal = mask is None and query.shape[2] > 1
+    if causal:
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, -torch.inf).to(query.dtype)
+    if mask is not None and query.shape[2] == 1:  # as the stock function does; the kernel rounds differently otherwise
+        query, mask = call.grouped(query), mask if mask.shape[1] == 1 else call.grouped(mask)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output, lse = kernel(query, key, value, 0.0, causal, attn_mask=mask, scale=call.scaling)
+    return _laid_out(call, output), None, call.split(lse[..., None])
 
 
 def _real_scores(call: Call, key: Tensor, mask: Tensor) -> Tensor:

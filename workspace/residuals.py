@@ -22,12 +22,30 @@ from workspace.errors import UnsupportedModel
 from workspace.rope import LayerRope
 
 
+class Turning:
+    """Turns the queries of the hooked layers back; they share one rotary embedding, so it is worked out once a pass."""
+
+    def __init__(self, rope: LayerRope):
+        self.rope = rope
+        self._last = threading.local()
+
+    def back(self, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """``LayerRope.back`` of what the model passes to its layers, which is one object for all of them."""
+        if torch.compiler.is_compiling():  # the compiler does the sharing, and must not keep tensors of its graph
+            return self.rope.back(*rotation)
+        if getattr(self._last, "rotation", None) is not rotation:
+            self._last.back = self.rope.back(*rotation)
+            self._last.rotation = rotation
+        found: tuple[Tensor, Tensor] = self._last.back
+        return found
+
+
 class LayerHooks:
     """The hooks on one decoder layer, installed when made. ``remove`` takes them away again."""
 
-    def __init__(self, layer: nn.Module, index: int, rope: LayerRope):
+    def __init__(self, layer: nn.Module, index: int, turning: Turning):
         self._index = index
-        self._rope = rope
+        self._turning = turning
         self._note = threading.local()
         self._sandwich = hasattr(layer, "post_feedforward_layernorm")  # norms after attention and feed-forward
         attention, before_feedforward, after_attention = _places(layer)
@@ -51,8 +69,8 @@ class LayerHooks:
         context: Context | None = kwargs.get("workspace")
         if context is None or not (self._index in context.segments or self._recorder(context) is not None):
             return None
-        rotation = kwargs["position_embeddings"]
-        return args, {**kwargs, "workspace_rope": self._rope, "workspace_rotation": rotation}
+        back = self._turning.back(kwargs["position_embeddings"])
+        return args, {**kwargs, "workspace_rope": self._turning.rope, "workspace_back": back}
 
     def after_attention(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Any, ...]

@@ -74,15 +74,21 @@ class LayerRope:
 
     def derotate(self, rotated: Tensor, positions: Tensor) -> Tensor:
         """The content of ``rotated`` [R, H, T, D], which stood at ``positions`` [R|1, T]: undoes ``rotate``."""
-        cos, sin = self.cos_sin(positions, rotated.dtype)
-        return self.content(rotated, cos, sin)
+        return self.content(rotated, self.back(*self.cos_sin(positions, rotated.dtype)))
 
-    def content(self, rotated: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """``derotate`` with cosine and sine at hand, as the model passes them to its layers."""
-        work = torch.promote_types(rotated.dtype, torch.float32)
-        back = self.factors(cos.to(work), sin.to(work), inverse=True)
+    def back(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors [R|1, 1, T, W] in float32 at least that turn rotated vectors back, scaled by s once more.
+
+        ``cos`` and ``sin`` are as the model passes them to its layers.
+        """
+        work = torch.promote_types(cos.dtype, torch.float32)
+        return self.factors(cos.to(work), sin.to(work), inverse=True)
+
+    def content(self, rotated: Tensor, back: tuple[Tensor, Tensor]) -> Tensor:
+        """``derotate`` with the factors at hand."""
         squares = back[0] * back[0] + back[1] * back[1]  # s squared, up to rounding
-        return self.turn(rotated.to(work), (back[0] / squares, back[1] / squares)).to(rotated.dtype)
+        exact = (back[0] / squares, back[1] / squares)
+        return self.turn(rotated.to(squares.dtype), exact).to(rotated.dtype)
 
     def shift(self, content: Tensor, offset: Tensor | int) -> Tensor:
         """``content`` [R, H, M, D] turned to the relative position ``offset`` (an int or [M]), not scaled by s."""
