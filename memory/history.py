@@ -224,6 +224,16 @@ class History:
             row.feedback, row.score = feedback, score
             return _record(row)
 
+    def sessions_of(
+        self, *, experience_id: int | None = None, session_id: str | None = None, domain: str | None = None
+    ) -> list[str]:
+        """The sessions that hold what ``delete`` with the same filters would delete."""
+        given = {Experience.id: experience_id, Experience.session_id: session_id, Experience.domain: domain}
+        filters = [column == value for column, value in given.items() if value is not None]
+        query = sa.select(Experience.session_id).distinct().where(*filters, Experience.session_id.is_not(None))
+        with self._database.read() as session:
+            return sorted(str(name) for name in session.scalars(query))
+
     def delete(
         self,
         *,

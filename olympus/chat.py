@@ -10,17 +10,17 @@ Knows the engine and the history; HTTP and its wire formats are in ``web``. Rout
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from memory.history import History, NewExperience, Record
+from memory.history import History, Record
+from olympus.chat_record import from_record, observation, request_id, to_experience
 from olympus.chat_types import (
     ChatFinished,
     ChatRequest,
@@ -33,14 +33,16 @@ from olympus.chat_types import (
     RequestInProgress,
     TokenInfo,
 )
+from olympus.chat_workspace import Baseline, Side, seeded
+from olympus.workbench import Workbench
 from settings import Settings
 from telemetry.hub import EventHub
-from workspace.channels import ToolCall, ToolCallDelta
 from workspace.errors import InvalidSampling
 
 if TYPE_CHECKING:  # torch is imported by whoever loads the model
     from workspace.engine import Engine
     from workspace.generation import Finished, Generation, TokenChunk
+    from workspace.run import WorkspaceRun
     from workspace.sampling import SamplingParams
 
 log = structlog.get_logger(__name__)
@@ -52,12 +54,18 @@ class ChatService:
     """Opens chats. One per process; safe to use from all threads."""
 
     def __init__(
-        self, settings: Settings, engine_provider: Callable[[], Engine], history: History, hub: EventHub
+        self,
+        settings: Settings,
+        engine_provider: Callable[[], Engine],
+        history: History,
+        hub: EventHub,
+        workbench_provider: Callable[[], Workbench] = lambda: Workbench(None, "this server has none"),
     ) -> None:
         self._engine_settings = settings.engine
         self._default_domain = settings.kernels.default_domain
         self._log_prompts = settings.telemetry.log_prompts
         self._engine_provider = engine_provider
+        self._workbench_provider = workbench_provider
         self._history = history
         self._hub = hub
         self._lock = threading.Lock()
@@ -78,30 +86,39 @@ class ChatService:
         card = _card(engine)
         if request.model is not None and not card.answers_to(request.model):
             raise ModelNotFound(f"the model {request.model!r} does not exist here; the one available is {card.id!r}")
-        key = None if request.idempotency_key is None else _request_id(request)
+        key = None if request.idempotency_key is None else request_id(request)
         self._enter(key)
         try:
             replay = None if key is None else self._recorded(key, request)
-            generation = None if replay is not None else self._submit(engine, request)
+            submitted = None if replay is not None else self._submit(engine, request)
         except BaseException:
             self._leave(key)
             raise
-        return ChatRun(self, request, card, engine, generation, replay, key)
+        return ChatRun(self, request, card, engine, submitted, replay, key)
 
     def check_invariants(self) -> None:
         """Raise ``AssertionError`` when the bookkeeping contradicts itself."""
         with self._lock:
             assert self._active >= len(self._keys_in_use)
 
-    def _submit(self, engine: Engine, request: ChatRequest) -> Generation:
+    def _submit(self, engine: Engine, request: ChatRequest) -> _Submitted:
         template = str(engine.loaded.tokenizer.chat_template)
-        messages = [_for_template(message, template) for message in request.messages]
-        return engine.submit(
-            messages,
-            self._sampling(request),
-            tools=request.tools or None,
-            reasoning_effort=request.reasoning_effort,
-        )
+        messages: list[Mapping[str, Any]] = [_for_template(message, template) for message in request.messages]
+        params = seeded(self._sampling(request), request.workspace)
+        options: dict[str, Any] = {"tools": request.tools or None, "reasoning_effort": request.reasoning_effort}
+        workbench = self._workbench_provider()
+        domain, said = request.domain or self._default_domain, observation(request.messages)
+        run = workbench.run(request.workspace, session=request.session_id, domain=domain, question=said)
+        if run is None:
+            return _Submitted(engine.submit(messages, params, **options))
+        steered = engine.submit(workbench.with_memories(messages, run), params, request_context=run, **options)
+        if request.workspace is None or not request.workspace.compare:
+            return _Submitted(steered, run)
+        try:
+            return _Submitted(steered, run, Baseline(engine.submit(messages, params, **options)))
+        except BaseException:
+            steered.cancel()
+            raise
 
     def _sampling(self, request: ChatRequest) -> SamplingParams:
         from workspace.sampling import SamplingParams
@@ -146,24 +163,11 @@ class ChatService:
 
     def _commit(self, run: ChatRun, finished: ChatFinished) -> int | None:
         """Write the exchange; returns its id, or None when there is nothing to remember."""
-        request, cancelled = run.request, finished.finish_reason == "cancelled"
-        observation = _observation(request.messages)
-        action = _storable(finished.text)
-        if (cancelled and not action) or not (observation or action):
+        experience = to_experience(run.request, run.model, run.key, finished)
+        if experience is None:
             return None
-        experience = NewExperience(
-            observation,
-            action,
-            domain=finished.domain,
-            source="chat",
-            session_id=request.session_id,
-            messages=[dict(message) for message in request.messages],
-            meta=_meta(run, finished),
-            # A retry of what was cut off shall be answered anew, so only a whole answer claims the key.
-            request_id=None if cancelled else run.key,
-        )
         if self._log_prompts:
-            log.info("chat", observation=observation, action=action)
+            log.info("chat", observation=experience.observation, action=experience.action)
         return self._history.append([experience])[0].id
 
     def _announce(self, card: ModelCard, finished: ChatFinished | None) -> None:
@@ -176,6 +180,15 @@ class ChatService:
         self._hub.publish("chat", data, key="chat")
 
 
+@dataclass(frozen=True)
+class _Submitted:
+    """A generation, the workspace that serves it, and the other side of a comparison."""
+
+    generation: Generation
+    workspace: WorkspaceRun | None = None
+    baseline: Baseline | None = None
+
+
 class ChatRun:
     """One chat being answered. Read ``events`` in one thread and always ``close()`` at the end."""
 
@@ -185,7 +198,7 @@ class ChatRun:
         request: ChatRequest,
         card: ModelCard,
         engine: Engine,
-        generation: Generation | None,
+        submitted: _Submitted | None,
         replay: Record | None,
         key: str | None,
     ) -> None:
@@ -196,7 +209,10 @@ class ChatRun:
         self.replayed = replay is not None
         self._service = service
         self._tokenizer = engine.loaded.tokenizer
-        self._generation = generation
+        self._generation = None if submitted is None else submitted.generation
+        self._workspace = None if submitted is None else submitted.workspace
+        self._baseline = None if submitted is None else submitted.baseline
+        self._logprobs: list[float] = []
         self._replay = replay
         self._deadline = time.monotonic() + service._engine_settings.request_timeout_seconds
         self._timed_out = False
@@ -217,11 +233,11 @@ class ChatRun:
         for event in self._generation.stream(timeout):
             if not self._timed_out and time.monotonic() > self._deadline:
                 self._timed_out = True
-                self._generation.cancel()
+                self.cancel()
             if event is None:
                 yield None
             elif isinstance(event, Finished):
-                yield self._finish(event)
+                yield from self._finish(event, timeout)
             else:
                 yield self._delta(event)  # None for a token that is no text
 
@@ -229,6 +245,8 @@ class ChatRun:
         """Ask for the end; ``events`` then ends with reason "cancelled" within one token."""
         if self._generation is not None:
             self._generation.cancel()
+        if self._baseline is not None:
+            self._baseline.cancel()
 
     def close(self) -> None:
         """Give everything back. If the answer had not ended, cancel it and record what was written so far."""
@@ -242,7 +260,7 @@ class ChatRun:
             self._service._leave(self.key)
 
     def _abandon(self, generation: Generation) -> None:
-        generation.cancel()
+        self.cancel()
         try:
             finished = generation.result(_CANCEL_WAIT_SECONDS)
         except TimeoutError:
@@ -255,15 +273,29 @@ class ChatRun:
         except Exception:  # nobody is left to tell, and the slot must be given back
             log.exception("an answer that was cut off could not be recorded")
 
-    def _finish(self, finished: Finished) -> ChatFinished:
-        self._ended = True
+    def _finish(self, finished: Finished, timeout: float) -> Iterator[ChatFinished | None]:
+        """The end; before it None while the other side of a comparison is still writing."""
         if finished.reason == "error":
+            self._ended = True
             log.error("generation failed", reason=finished.error)
             raise GenerationFailed("the model failed on this request; the server's log says why")
+        other = None
+        while self._baseline is not None and (other := self._baseline.side(timeout)) is None:
+            if time.monotonic() > self._deadline:
+                self.cancel()
+            yield None
+        self._ended = True
         reason: FinishReason = finished.reason
-        return self._conclude(finished, "timeout" if reason == "cancelled" and self._timed_out else reason)
+        told = "timeout" if reason == "cancelled" and self._timed_out else reason
+        compare = (
+            None if other is None else {"with": asdict(Side.of(finished, self._logprobs)), "without": asdict(other)}
+        )
+        yield self._conclude(finished, told, compare)
 
-    def _conclude(self, finished: Finished, reason: FinishReason) -> ChatFinished:
+    def _conclude(
+        self, finished: Finished, reason: FinishReason, compare: Mapping[str, Any] | None = None
+    ) -> ChatFinished:
+        report = None if self._workspace is None else self._workspace.report
         told = ChatFinished(
             finish_reason=reason,
             text=finished.text,
@@ -276,37 +308,27 @@ class ChatRun:
             reasoning=finished.reasoning,
             reasoning_tokens=finished.usage.reasoning_tokens,
             tool_calls=finished.tool_calls if self.request.tools else (),
+            workspace=None if report is None else report.to_json(),
+            trace=None if report is None else report.trace,
+            compare=compare,
         )
+        if self._workspace is not None:
+            self._workspace.save()  # like the exchange, before anybody is told that it is finished
         experience_id = self._service._commit(self, told)
         self._service._announce(self.model, told)
         return replace(told, experience_id=experience_id)
 
     def _repeat(self) -> Iterator[Delta | ChatFinished]:
-        record = self._replay
-        assert record is not None, "a run has a generation or a recorded answer"
+        assert self._replay is not None, "a run has a generation or a recorded answer"
         self._ended = True
-        calls = tuple(ToolCall(**call) for call in record.meta.get("tool_calls", ()))
-        reasoning = record.meta.get("reasoning", "")
-        told = tuple(ToolCallDelta(place, call.name, call.arguments) for place, call in enumerate(calls))
-        yield Delta(record.action, reasoning=reasoning, tool_calls=told)
-        yield ChatFinished(
-            finish_reason=record.meta["finish_reason"],
-            text=record.action,
-            prompt_tokens=record.meta["prompt_tokens"],
-            completion_tokens=record.meta["completion_tokens"],
-            experience_id=record.id,
-            domain=record.domain,
-            session_id=record.session_id,
-            timings={},
-            replayed=True,
-            reasoning=reasoning,
-            reasoning_tokens=record.meta.get("reasoning_tokens"),
-            tool_calls=calls,
-        )
+        yield from from_record(self._replay)
 
     def _delta(self, chunk: TokenChunk) -> Delta | None:
         tokens: tuple[TokenInfo, ...] = ()
-        if chunk.logprob is not None and chunk.token_id is not None and chunk.channel == "content":
+        if chunk.logprob is not None:
+            self._logprobs.append(chunk.logprob)
+        asked = self.request.logprobs and chunk.logprob is not None
+        if asked and chunk.logprob is not None and chunk.token_id is not None and chunk.channel == "content":
             top = tuple(self._token(item.token_id, item.logprob) for item in chunk.top_logprobs)
             tokens = (self._token(chunk.token_id, chunk.logprob, top),)
         # A call of a tool that nobody offered has nobody to answer it.
@@ -331,41 +353,3 @@ def _for_template(message: Mapping[str, Any], template: str) -> dict[str, Any]:
     if message["role"] == "developer" and "developer" not in template:
         return {**message, "role": "system"}
     return dict(message)
-
-
-def _observation(messages: tuple[Mapping[str, Any], ...]) -> str:
-    """The last thing the user said; without a user, the last thing said."""
-    spoken = [message for message in messages if message["role"] == "user"] or list(messages)
-    return str(spoken[-1]["content"])
-
-
-def _meta(run: ChatRun, finished: ChatFinished) -> dict[str, Any]:
-    meta: dict[str, Any] = {
-        "finish_reason": finished.finish_reason,
-        "model": run.model.id,
-        "model_fingerprint": run.model.fingerprint,
-        "prompt_tokens": finished.prompt_tokens,
-        "completion_tokens": finished.completion_tokens,
-        "timings": {name: None if value is None else round(value, 4) for name, value in finished.timings.items()},
-        "actor": run.request.actor,
-    }
-    if finished.reasoning_tokens is not None:
-        meta["reasoning_tokens"] = finished.reasoning_tokens
-    if finished.reasoning:
-        meta["reasoning"] = _storable(finished.reasoning)
-    if finished.tool_calls:
-        meta["tool_calls"] = [
-            {"name": _storable(call.name), "arguments": _storable(call.arguments)} for call in finished.tool_calls
-        ]
-    if run.key is not None:
-        meta["request_sha256"] = run.request.fingerprint()
-    return meta
-
-
-def _storable(text: str) -> str:
-    return text.replace("\x00", "\ufffd")  # PostgreSQL stores no NUL
-
-
-def _request_id(request: ChatRequest) -> str:
-    """The key under which the exchange is stored: nobody can reach another principal's answers with it."""
-    return "chat:" + hashlib.sha256(f"{request.actor}\n{request.idempotency_key}".encode()).hexdigest()

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from olympus.errors import InvalidAction, InvalidRequest, OlympusError
@@ -44,6 +44,23 @@ class GenerationFailed(OlympusError):
 
 
 @dataclass(frozen=True, slots=True)
+class WorkspaceWish:
+    """What a request says about the workspace. None means: as the settings say.
+
+    ``seed`` serves where the request has none; ``compare`` answers with and without; ``trace`` tells of every token.
+    """
+
+    enabled: bool | None = None
+    virtual_kv: bool | None = None
+    residual_delta: bool | None = None
+    controller: bool | None = None
+    memory: bool | None = None
+    seed: int | None = None
+    trace: bool = False
+    compare: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ChatRequest:
     """What a client wants. None means: as the settings say. ``messages`` hold plain text contents.
 
@@ -66,6 +83,7 @@ class ChatRequest:
     top_logprobs: int = 0
     tools: tuple[Mapping[str, Any], ...] = ()
     reasoning_effort: str | None = None
+    workspace: WorkspaceWish | None = None
     session_id: str | None = None
     domain: str | None = None
     idempotency_key: str | None = None
@@ -75,10 +93,15 @@ class ChatRequest:
         """Hex SHA-256 of what decides the answer; equal for a true retry."""
         content = {field.name: getattr(self, field.name) for field in fields(self)}
         del content["idempotency_key"], content["actor"]
-        for younger in ("tools", "reasoning_effort"):  # the digests of older requests know nothing of them
+        for younger in ("tools", "reasoning_effort", "workspace"):  # the digests of older requests know nothing of them
             if not content[younger]:
                 del content[younger]
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=dict).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """JSON types of what ``json`` does not know: mappings, and our own frozen values."""
+    return dict(value) if isinstance(value, Mapping) else asdict(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +142,8 @@ class Delta:
 class ChatFinished:
     """The last event; the exchange is in the history. ``timings`` are seconds, None where never reached.
 
-    ``reasoning_tokens`` is None for models that have no channel for reasoning.
+    ``reasoning_tokens`` is None for models that have no channel for reasoning. ``workspace`` is what the workspace did,
+    ``trace`` its numbers for every token, ``compare`` both answers; each None where it was not asked for.
     """
 
     finish_reason: FinishReason
@@ -134,3 +158,6 @@ class ChatFinished:
     reasoning: str = ""
     reasoning_tokens: int | None = None
     tool_calls: tuple[ToolCall, ...] = ()
+    workspace: Mapping[str, Any] | None = None
+    trace: Sequence[Mapping[str, Any]] | None = None
+    compare: Mapping[str, Any] | None = None

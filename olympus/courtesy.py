@@ -57,7 +57,7 @@ class Courtesy:
         self()
         entering: Tensor = inputs[0]
         if entering.requires_grad:
-            entering.register_hook(self._backward)
+            entering.register_hook(self._backward)  # type: ignore[no-untyped-call]
 
     def _backward(self, _: Tensor) -> None:
         self()

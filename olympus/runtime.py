@@ -22,6 +22,7 @@ from olympus.access import KeyStore
 from olympus.admission import Admission
 from olympus.chat import ChatService
 from olympus.errors import ModelNotReady
+from olympus.workbench import Workbench, forget_experiences, make_workbench
 from olympus.zeus import Zeus
 from settings import LOOPBACK_HOSTS, Settings, SettingsError
 from storage import files, migrate
@@ -65,9 +66,10 @@ class Runtime:
         self.zeus = Zeus(
             settings, self.database, self.history, self.hub, self.stop_event, serving_busy=self._engine_is_busy
         )
-        self.chat = ChatService(settings, lambda: self.engine, self.history, self.hub)
+        self.chat = ChatService(settings, lambda: self.engine, self.history, self.hub, lambda: self.workbench)
         self._lock = files.DataDirLock(settings.data_dir)
         self._engine: Engine | None = None
+        self.workbench = Workbench(None, "no model is loaded")
         self._model_state = ModelState("loading" if settings.model.load else "disabled", settings.model.name)
         self._loader: threading.Thread | None = None
 
@@ -123,11 +125,22 @@ class Runtime:
         begun = time.monotonic()
         if self._engine is not None:
             self._engine.stop(timeout=min(5.0, deadline / 4))
+        self._close_workbench()
         self.zeus.shutdown(max(1.0, deadline - (time.monotonic() - begun) - 1.0))
         self.database.close()
         self._lock.release()
         self.started_at = None
         log.info("stopped", seconds=round(time.monotonic() - begun, 2))
+
+    def _close_workbench(self) -> None:
+        try:
+            self.workbench.close()
+        except Exception:  # what was acknowledged is saved already; the rest of the shutdown must go on
+            log.exception("the virtual tokens of some sessions could not be saved")
+
+    def forget(self, *, actor: str, **which: Any) -> int:
+        """Delete experiences and what sessions keep of them; ``History.delete`` says what ``which`` may be."""
+        return forget_experiences(self.history, self.workbench, actor=actor, **which)
 
     def _take_data_directory(self, heartbeat: Callable[[], None]) -> None:
         """A predecessor of the same arbiter (a reload) may still drain: wait for it; anybody else is an error."""
@@ -222,12 +235,13 @@ class Runtime:
             revision=model.revision,
             progress=lambda detail, fraction: self._tell("loading", detail, fraction),
         )
+        self.workbench = make_workbench(loaded, self.settings, self.database, self.history)
         self._tell("loading", "warming up")
         made = Engine(
             loaded,
             max_active=engine.max_active,
             max_waiting=engine.max_waiting,
-            threads=model.threads,
+            threads=self.settings.workspace.inference_threads or model.threads,
             prefill_chunk=engine.prefill_chunk,
         )
         made.start()

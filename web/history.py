@@ -37,16 +37,15 @@ def page() -> ResponseReturnValue:
 def forget() -> ResponseReturnValue:
     """Forget a whole session or domain."""
     query = parse_query(ForgetQuery)
-    return jsonify(
-        {"deleted": runtime().history.delete(session_id=query.session, domain=query.domain, actor=principal().id)}
-    )
+    which = {"session_id": query.session, "domain": query.domain}
+    return jsonify({"deleted": runtime().forget(actor=principal().id, **which)})
 
 
 @blueprint.delete(f"/history/{_ID}")
 @requires("history:write")
 def forget_one(experience_id: int) -> ResponseReturnValue:
     """Forget one experience."""
-    if not runtime().history.delete(experience_id=experience_id, actor=principal().id):
+    if not runtime().forget(experience_id=experience_id, actor=principal().id):
         raise _unknown(experience_id)
     return jsonify({"deleted": 1})
 

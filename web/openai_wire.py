@@ -120,6 +120,8 @@ def usage(finished: ChatFinished) -> dict[str, Any]:
     }
     if finished.reasoning_tokens is not None:
         counts["completion_tokens_details"] = {"reasoning_tokens": finished.reasoning_tokens}
+    if finished.workspace is not None:
+        counts["workspace"] = dict(finished.workspace)
     return counts
 
 
@@ -133,13 +135,18 @@ def logprobs(tokens: Sequence[TokenInfo] | None) -> dict[str, Any] | None:
 
 def ours(finished: ChatFinished) -> dict[str, Any]:
     """What OpenAI has no field for: which experience the exchange became, and where it belongs."""
-    return {
+    told: dict[str, Any] = {
         "experience_id": finished.experience_id,
         "domain": finished.domain,
         "session": finished.session_id,
         "ended_by": finished.finish_reason,
         "replayed": finished.replayed,
     }
+    for name in ("workspace", "trace", "compare"):
+        value = getattr(finished, name)
+        if value is not None:
+            told[name] = value
+    return told
 
 
 def _reasoning(text: str) -> dict[str, Any]:

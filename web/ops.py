@@ -73,6 +73,7 @@ def status() -> ResponseReturnValue:
             "stopping": serving.stop_event.is_set(),
             "model": asdict(serving.model_state),
             "engine": _engine(),
+            "workspace": serving.workbench.status(),
             "kernels": dict(Counter(kernel["state"] for kernel in serving.zeus.kernels())),
             "default_domain": serving.settings.kernels.default_domain,
             "history": {"count": serving.history.count(), "newest_id": newest[0].id if newest else 0},

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
-from olympus.chat_types import ChatRequest
+from olympus.chat_types import ChatRequest, WorkspaceWish
 from olympus.requests import Name, Text
 
 _ID_LIMIT = 2**63 - 1
@@ -122,11 +122,39 @@ class StreamOptions(_Body):
     include_obfuscation: Ignored = None
 
 
+class WorkspaceBody(_Body):
+    """Which parts of the workspace serve a request; what is not said is as the server's settings say."""
+
+    enabled: bool | None = None
+    virtual_kv: bool | None = None
+    residual_delta: bool | None = None
+    controller: bool | None = None
+    memory: bool | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=_ID_LIMIT)] | None = None
+    trace: bool = False
+    compare: bool = False
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> WorkspaceBody:
+        if self.enabled is False and (self.compare or self.trace):
+            raise PydanticCustomError("value_error", "compare and trace need the workspace; leave enabled out")
+        return self
+
+
+def _workspace(value: Any) -> Any:
+    """``true`` and ``false`` switch all of it."""
+    return {"enabled": value} if isinstance(value, bool) else value
+
+
+Workspace = Annotated[WorkspaceBody | None, BeforeValidator(_workspace)]
+
+
 class OlympusOptions(_Body):
     """Ours, in a field of its own: clients that check OpenAI's fields pass it on as it is."""
 
     session: Session | None = None
     domain: Name | None = None
+    workspace: Workspace = None
 
 
 class ChatBody(_Body):
@@ -151,6 +179,7 @@ class ChatBody(_Body):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     session: Session | None = None
     domain: Name | None = None
+    workspace: Workspace = None
     olympus: OlympusOptions | None = None
     n: Annotated[Any, _only(1)] = None
     response_format: Annotated[Any, _only({"type": "text"})] = None
@@ -185,6 +214,7 @@ class ChatBody(_Body):
             ("max_tokens and max_completion_tokens", self.max_tokens, self.max_completion_tokens),
             ("session and olympus.session", self.session, inner.session),
             ("domain and olympus.domain", self.domain, inner.domain),
+            ("workspace and olympus.workspace", self.workspace, inner.workspace),
         ):
             if one is not None and other is not None and one != other:
                 raise PydanticCustomError("value_error", "{name} differ; give one of them", {"name": name})
@@ -198,6 +228,7 @@ class ChatBody(_Body):
     def to_request(self, *, actor: str, idempotency_key: str | None) -> ChatRequest:
         """What the chat service takes."""
         inner = self.olympus or OlympusOptions()
+        wish = self.workspace or inner.workspace
         return ChatRequest(
             messages=tuple(message.to_template() for message in self.messages),
             model=self.model,
@@ -214,6 +245,7 @@ class ChatBody(_Body):
             logprobs=bool(self.logprobs),
             top_logprobs=self.top_logprobs or 0,
             reasoning_effort=None if self.reasoning_effort is None else str(self.reasoning_effort),
+            workspace=None if wish is None else WorkspaceWish(**wish.model_dump()),
             session_id=self.session or inner.session,
             domain=self.domain or inner.domain,
             idempotency_key=idempotency_key,

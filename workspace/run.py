@@ -31,6 +31,7 @@ from workspace.controller import Controller, Decision
 from workspace.forward import PassiveContext
 from workspace.merging import merge_segments
 from workspace.projector import LayerKV
+from workspace.recall import Recollection
 from workspace.steering_types import Toggles, WorkspaceReport
 from workspace.window import ActiveWindow
 
@@ -49,6 +50,7 @@ class WorkspaceRun(PassiveContext):
     def __init__(self, steering: Steering, session: str | None, domain: str | None, question: str, toggles: Toggles):
         self.report = WorkspaceReport(toggles={name: getattr(toggles, name) for name in _SWITCHES})
         self.report.trace = [] if toggles.trace else None
+        self.toggles = toggles
         self._steering, self._toggles = steering, toggles
         self._config = steering.config
         self._session, self._domain, self._question = session, domain, question
@@ -69,6 +71,17 @@ class WorkspaceRun(PassiveContext):
         self._position = 0  # of the next token
         self._prompt = 0
         self._ended = False
+
+    def recollect(self) -> Sequence[Recollection]:
+        """What the question brings to mind before the answer begins; for the prompt. Called by any thread, before."""
+        found = self._steering.remember(self._question, session=self._session, domain=self._domain)
+        self.report.recollections += [item.source for item in found]
+        return found
+
+    def save(self) -> None:
+        """What the session keeps survives ``kill -9`` when this returns. After the generation has ended."""
+        if self._session is not None and self.report.saved_segment is not None:
+            self._steering.flush(self._session)
 
     # Called by the engine.
 
