@@ -270,7 +270,7 @@ def _visible(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         key, value = key[:, :, :queries], value[:, :, :queries]
         mask = torch.ones((1, 1, queries, queries), dtype=torch.bool, device=key.device).tril()
     if mask.dtype == torch.bool:
-        mask = torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     heads = (call.heads, -1) if mask.shape[1] > 1 else (1, 1)
     return key, value, mask.to(dtype).reshape(mask.shape[0], *heads, *mask.shape[2:])
 
