@@ -114,7 +114,8 @@ class HarmonyParser:
         """
         if self._message is not None or self._role is not None or _CHANNEL in self._held:
             return None
-        self._role, self._held = self._held.strip() or None, ""
+        role, gap, rest = self._held.strip(_BLANKS).partition(" ")
+        self._role, self._held = role or None, gap + rest
         return self._role
 
     def check_invariants(self) -> None:

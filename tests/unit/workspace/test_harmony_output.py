@@ -152,6 +152,7 @@ def test_someone_elses_turn_is_left_out_and_ends_the_answer(tokens: HarmonyToken
         ("<|start|>assistant<|channel|>final<|message|>Par", "is.<|return|>", ("is.", "", [])),
         ("<|start|>assistant<|channel|>", "final<|message|>x<|return|>", ("x", "", [])),
         ("<|start|>assistant to=functions.f<|channel|>commentary<|message|>{", "}<|call|>", ("", "", [("f", "}")])),
+        ("<|start|>assistant to=functions.f", "<|channel|>commentary<|message|>{}<|call|>", ("", "", [("f", "{}")])),
         ("<|start|>user<|message|>Hi<|end|>", "<|start|>assistant<|channel|>final<|message|>x", ("x", "", [])),
         ("<|start|>user<|message|>How are", " you?", (" you?", "", [])),
         ("<|start|>user", "<|message|>How are you?", ("How are you?", "", [])),
