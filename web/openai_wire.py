@@ -142,7 +142,7 @@ def ours(finished: ChatFinished) -> dict[str, Any]:
         "ended_by": finished.finish_reason,
         "replayed": finished.replayed,
     }
-    for name in ("workspace", "trace", "compare"):
+    for name in ("trace", "compare"):
         value = getattr(finished, name)
         if value is not None:
             told[name] = value

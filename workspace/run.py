@@ -217,6 +217,7 @@ class WorkspaceRun(PassiveContext):
         tail = self._steering.loaded.tokenizer.decode(self._tokens[-_QUERY_TOKENS:], skip_special_tokens=True)
         found = self._steering.remember(f"{self._question}\n{tail}", session=self._session, domain=self._domain)
         self.report.retrievals += 1
+        found = [item for item in found if item.source not in self.report.recollections]  # others are known already
         if not found:
             return
         self.report.recollections += [item.source for item in found]

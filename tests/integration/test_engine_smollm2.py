@@ -99,11 +99,13 @@ def test_the_capital_of_france_is_paris(engine: Engine) -> None:
     greedy = engine.submit(QUESTION, SamplingParams(max_tokens=40, temperature=0)).result(timeout=60)
     assert greedy.text == "The capital of France is Paris."
     assert greedy.reason == "stop"
+    # Sampled, this small model wanders, and which seeds do depends on how the processor rounds bfloat16: 7 of the first
+    # 8 name Paris with AVX512, 5 with AMX. A sampler that is wrong names it hardly ever.
     named = 0
-    for seed in range(8):
+    for seed in range(24):
         params = SamplingParams(max_tokens=64, temperature=0.7, top_p=0.9, seed=seed)
         named += "Paris" in engine.submit(QUESTION, params).result(timeout=60).text
-    assert named >= 7, f"{named} of 8 sampled answers name Paris"
+    assert named >= 12, f"{named} of 24 sampled answers name Paris"
 
 
 def test_a_stream_is_readable_text_all_the_way(engine: Engine) -> None:
