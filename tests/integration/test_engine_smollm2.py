@@ -102,10 +102,10 @@ def test_the_capital_of_france_is_paris(engine: Engine) -> None:
     # Sampled, this small model wanders, and which seeds do depends on how the processor rounds bfloat16: 7 of the first
     # 8 name Paris with AVX512, 5 with AMX. A sampler that is wrong names it hardly ever.
     named = 0
-    for seed in range(24):
-        params = SamplingParams(max_tokens=64, temperature=0.7, top_p=0.9, seed=seed)
+    for seed in range(12):
+        params = SamplingParams(max_tokens=24, temperature=0.7, top_p=0.9, seed=seed)
         named += "Paris" in engine.submit(QUESTION, params).result(timeout=60).text
-    assert named >= 12, f"{named} of 24 sampled answers name Paris"
+    assert named >= 6, f"{named} of 12 sampled answers name Paris"
 
 
 def test_a_stream_is_readable_text_all_the_way(engine: Engine) -> None:
