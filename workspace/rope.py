@@ -143,8 +143,9 @@ def _check_pairs(rope: LayerRope, rotary: Any) -> None:
     sample = torch.linspace(-1, 1, 3 * rope.head_dim, device=device).reshape(1, 1, 3, rope.head_dim)
     if apply is not None:
         with torch.inference_mode():
-            expected, _ = apply(sample, sample, *rope.cos_sin(positions, sample.dtype))
-            if torch.allclose(rope.rotate(sample, positions), expected, atol=1e-5):
+            rotated = sample[..., : rope.width]
+            expected, _ = apply(rotated, rotated, *rope.cos_sin(positions, sample.dtype))
+            if torch.allclose(rope.rotate(sample, positions)[..., : rope.width], expected, atol=1e-5):
                 return
     raise UnsupportedModel(
         f"{type(rotary).__name__} does not rotate dimension i with i + {rope.width // 2}; virtual keys need that form"
