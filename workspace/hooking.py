@@ -55,11 +55,11 @@ class HookedModel:
             )
         self.loaded = loaded
         self.layers = _checked(loaded.name, config, layers)
+        decoder = _decoder(loaded)
+        self.decoder_layers = decoder.layers
         self.kv_heads = int(config.num_key_value_heads)
         self.hidden_size = int(config.hidden_size)
         self.num_layers = int(config.num_hidden_layers)
-        decoder = _decoder(loaded)
-        self.decoder_layers = decoder.layers
         self.head_dim = int(decoder.layers[0].self_attn.head_dim)
         try:
             self.rope = RopeHandle(decoder.rotary_emb, _layer_types(config), self.head_dim)
