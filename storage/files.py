@@ -70,6 +70,31 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add ``line`` to a file of lines, durably. A torn last line, which a crash leaves, is cut off first."""
+    new = not path.exists()
+    with open(path, "a+b") as handle:
+        handle.truncate(_whole_lines(handle))
+        handle.write(line.encode() + b"\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    if new:
+        fsync_directory(path.parent)
+
+
+def _whole_lines(handle: IO[bytes]) -> int:
+    """Bytes up to and with the last newline."""
+    end = handle.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 65_536)
+        handle.seek(start)
+        found = handle.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
 @contextlib.contextmanager
 def publish_directory(final: Path) -> Iterator[Path]:
     """Yield a directory to fill; on success it appears whole as ``final``, on error it vanishes.

@@ -23,6 +23,16 @@ WorkspaceError
  |    |-- StateNotFound         no weights lie there
  |    |-- StateDamaged          files are missing, altered, unreadable, or hold NaN
  |    `-- StateMismatch         they are of another model, another shape, or another version
+ |-- CaptureError           captured training data cannot be made or used
+ |    |-- PromptsDamaged        the file of prompts holds what is no prompt
+ |    |-- ManifestDamaged       the manifest is missing or unreadable, or names files that are not there
+ |    |-- BlobDamaged           a captured text is altered, malformed, or holds NaN
+ |    `-- CaptureMismatch       it is of another model, or was made with other options
+ |-- TrainingError          training cannot begin or go on
+ |    |-- TrainingConfigError   the recipe cannot be used
+ |    |-- CheckpointDamaged     no checkpoint of the run can be read
+ |    |-- CheckpointMismatch    checkpoints lie there, but of another model, recipe or data
+ |    `-- TrainingDiverged      a loss or a gradient is not finite
  `-- EngineError            the engine cannot take a request now
       |-- EngineBusy            the waiting queue is full
       `-- EngineStopped         it is not running
@@ -150,6 +160,46 @@ class StateDamaged(StateError):
 
 class StateMismatch(StateError):
     """The weights are whole, but of another model, another shape, or another version."""
+
+
+class CaptureError(WorkspaceError):
+    """Captured training data cannot be made or used. The message names the file."""
+
+
+class PromptsDamaged(CaptureError):
+    """A line of the file of prompts is no prompt."""
+
+
+class ManifestDamaged(CaptureError):
+    """The manifest is missing, is not JSON lines, or names files that are missing or of another size."""
+
+
+class BlobDamaged(CaptureError):
+    """A captured text is altered, is no safetensors file, lacks tensors, or holds NaN."""
+
+
+class CaptureMismatch(CaptureError):
+    """Captured texts of another model, other layers, or other options."""
+
+
+class TrainingError(WorkspaceError):
+    """Training cannot begin or go on; what was saved before is whole."""
+
+
+class TrainingConfigError(TrainingError, ValueError):
+    """The recipe has an unknown key or a value out of range, or does not fit the data."""
+
+
+class CheckpointDamaged(TrainingError):
+    """There are checkpoints, and none of them can be read."""
+
+
+class CheckpointMismatch(TrainingError):
+    """There are checkpoints of another model, another recipe, or other data."""
+
+
+class TrainingDiverged(TrainingError):
+    """A loss or a gradient is NaN or infinite. The message says where, and which blobs were in the batch."""
 
 
 class EngineError(WorkspaceError):

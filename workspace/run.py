@@ -253,10 +253,15 @@ class WorkspaceRun(PassiveContext):
 _SWITCHES = ("virtual_kv", "residual_delta", "controller", "memory")
 
 
+def probe_places(count: int) -> Tensor:
+    """Positions of a pass over ``count`` prompt tokens that the slots see: evenly spaced, the last among them."""
+    kept = min(count, PROMPT_PROBES)
+    return torch.linspace(count / kept - 1, count - 1, kept).round().long()
+
+
 def _shown(recorder: Recorder, layers: Sequence[int], count: int) -> dict[int, Tensor]:
-    """Residuals [1, N, hidden] of a pass for the slots: of a long one evenly spaced positions, the last among them."""
+    """Residuals [1, N, hidden] of a pass for the slots."""
     if count == 1:
         return {layer: recorder.residuals[layer].unsqueeze(1) for layer in layers}
-    kept = min(count, PROMPT_PROBES)
-    places = torch.linspace(count / kept - 1, count - 1, kept).round().long()
+    places = probe_places(count)
     return {layer: recorder.residuals[layer][:, places] for layer in layers}

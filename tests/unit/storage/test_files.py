@@ -120,3 +120,17 @@ def test_the_lock_names_its_owner_and_dies_with_it(tmp_path: Path) -> None:
     lock.acquire()
     assert lock.held
     lock.release()
+
+
+def test_lines_are_added_whole_and_a_torn_one_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    files.append_line(path, "one")
+    files.append_line(path, "two")
+    assert path.read_text() == "one\ntwo\n"
+    with open(path, "ab") as handle:
+        handle.write(b"x" * 200_000)  # torn, and longer than what is looked at in one go
+    files.append_line(path, "three")
+    assert path.read_text() == "one\ntwo\nthree\n"
+    (tmp_path / "torn").write_bytes(b"never whole")
+    files.append_line(tmp_path / "torn", "one")
+    assert (tmp_path / "torn").read_text() == "one\n"
