@@ -1,7 +1,7 @@
 """Many evicted key-value pairs become a few virtual ones that attention can hardly tell from them.
 
-Fast KV compaction by attention matching (Zweiger et al. 2026, arXiv 2602.16284; keys are chosen as in its orthogonal
-matching pursuit variant), in closed form, for every layer and key-value head by itself, without training. Given E
+Fast KV compaction by attention matching (Zweiger et al. 2026, arXiv 2602.16284; keys are chosen as in its matching
+pursuit variant), in closed form, for every layer and key-value head by itself, without training. Given E
 evicted tokens (k, v, bias b) and Q reference queries q, usually those of the last tokens, let
 
     a[q, e] = exp(scaling q.k_e + b_e) / Z[q]      the share of its attention that q gives to e; Z counts everything
@@ -11,7 +11,7 @@ evicted tokens (k, v, bias b) and Q reference queries q, usually those of the la
 
 Three steps give M tokens (k_j, v'_j, b'_j), where the keys k_j are M of the evicted keys:
 
-    1. choose   greedily the columns of a that best explain (y, w m): orthogonal matching pursuit
+    1. choose   greedily the columns of a that best explain (y, w m): orthogonal least squares
     2. mass     weights u >= 0 that minimise  sum_q (sum_j a[q, j] u_j - m[q])^2;   b'_j = b_j + log u_j
     3. values   ridge regression  sum_q |sum_j a[q, j] u_j v'_j - y[q]|^2 + r sum_j |v'_j - v_j|^2
 
@@ -133,27 +133,34 @@ def choose_by_mass(shares: Tensor, budget: int) -> Tensor:
 
 
 def choose_by_matching(shares: Tensor, target: Tensor, budget: int) -> Tensor:
-    """Orthogonal matching pursuit: columns of ``shares`` [..., Q, E] whose span comes near to ``target`` [..., Q, F].
+    """Orthogonal least squares: columns of ``shares`` [..., Q, E] whose span comes near to ``target`` [..., Q, F].
 
-    Works on the Gram matrix, so that a step does not depend on Q. Budgets above 31 take several columns a step.
+    Each step takes the column that lowers the squared error most when all chosen ones are refitted. Works on the Gram
+    matrix (a pivoted Cholesky factorisation, slightly regularised), so that a step costs E (M + F) whatever Q is.
     Returns ascending indices [..., M].
     """
     gram = shares.transpose(-1, -2) @ shares  # [..., E, E]
-    aim = shares.transpose(-1, -2) @ target  # [..., E, F]
-    norms = gram.diagonal(dim1=-2, dim2=-1).clamp_min(_TINY)  # [..., E]
-    free = torch.ones_like(norms, dtype=torch.bool)
-    chosen = torch.zeros((*norms.shape[:-1], 0), dtype=torch.long, device=norms.device)
-    residual = aim
-    while chosen.shape[-1] < budget:
-        step = min(max(1, budget // 16), budget - chosen.shape[-1])
-        gain = (residual.square().sum(dim=-1) / norms).masked_fill(~free, -1.0)  # drop of the squared error, alone
-        new = gain.topk(step, dim=-1).indices
+    residual = shares.transpose(-1, -2) @ target  # [..., E, F], columns times what of the target is not explained yet
+    left = gram.diagonal(dim1=-2, dim2=-1).clone()  # [..., E], what of each column the chosen ones do not explain
+    ridge = 1e-3 * left.mean(dim=-1, keepdim=True) + _TINY
+    free = torch.ones_like(left, dtype=torch.bool)
+    basis = torch.zeros(*left.shape, budget, device=left.device)  # [..., E, M]
+    chosen = []
+    for step in range(budget):
+        gain = torch.linalg.vector_norm(residual, dim=-1).square_().div_(left + ridge).masked_fill_(~free, -1.0)
+        new = gain.argmax(dim=-1, keepdim=True)  # [..., 1]
         free = free.scatter(-1, new, False)
-        chosen = torch.cat((chosen, new), dim=-1)  # [..., j]
-        columns = _columns(gram, chosen)  # [..., E, j]
-        inner = _ridged(_rows(columns, chosen), 1e-3)
-        residual = aim - columns @ torch.linalg.solve(inner, _rows(aim, chosen))
-    return chosen.sort(dim=-1).values
+        length = (left.gather(-1, new) + ridge).sqrt()  # [..., 1]
+        done = basis[..., :step]
+        column = (_columns(gram, new) - done @ _rows(done, new).transpose(-1, -2)).squeeze(-1) / length  # [..., E]
+        basis[..., step] = column
+        explained = _rows(residual, new) / length.unsqueeze(-1)  # [..., 1, F]
+        residual.view(-1, *residual.shape[-2:]).baddbmm_(  # in place: allocating it anew costs more than the sum
+            column.reshape(-1, column.shape[-1], 1), explained.reshape(-1, 1, residual.shape[-1]), alpha=-1
+        )
+        left.addcmul_(column, column, value=-1).clamp_(min=0)
+        chosen.append(new)
+    return torch.cat(chosen, dim=-1).sort(dim=-1).values
 
 
 def fit_mass(shares: Tensor, mass: Tensor, *, iterations: int, bounds: tuple[float, float]) -> Tensor:

@@ -112,7 +112,7 @@ def test_the_mass_on_evicted_tokens_is_kept() -> None:
         settings = CompactionSettings(match_mass=match_mass)
         done = compact(*evicted, problem["queries"], 8, scaling=SCALING, others=others, settings=settings)
         errors.append(float((mass_of(done.keys, done.bias) - truth).abs().mean()))
-    assert errors[1] < 0.25 * errors[0], errors
+    assert errors[1] < 0.4 * errors[0], errors
 
 
 def test_it_holds_for_queries_that_were_not_references() -> None:
