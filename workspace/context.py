@@ -74,11 +74,11 @@ class Segment:
 class Delta:
     """A vector added to the residual stream right after the attention of one layer. Differentiable in ``vector``."""
 
-    vector: Tensor  #: [R|1, hidden]
+    vector: Tensor  #: [R|1, hidden], or one for each position of the pass: [R|1, T, hidden]
     first: Tensor  #: [R|1] int64: added at positions >= first (the last prompt token and all later ones)
 
     def __post_init__(self) -> None:
-        rows, _ = _shape("vector", self.vector, 2)
+        rows = _shape("vector", self.vector, 3 if self.vector.ndim == 3 else 2)[0]
         _fits("first", self.first, (rows,))
         if not self.vector.is_floating_point() or self.first.dtype != torch.int64:
             raise InvalidWorkspace(

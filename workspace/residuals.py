@@ -111,7 +111,7 @@ def _addend(delta: Delta, position_ids: Tensor, like: Tensor) -> Tensor:
     """[R|1, T, hidden]: the vector at positions from ``first`` on, zero before."""
     reached = position_ids >= delta.first.to(like.device)[:, None]  # [R, T]
     vector = delta.vector.to(device=like.device, dtype=like.dtype)
-    return torch.where(reached[..., None], vector[:, None], 0.0)
+    return torch.where(reached[..., None], vector if vector.ndim == 3 else vector[:, None], 0.0)
 
 
 def _places(layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module | None]:

@@ -86,6 +86,23 @@ def test_deltas_on_each_step_equal_one_pass_with_their_schedule(name: str) -> No
     torch.testing.assert_close(torch.cat(lived, dim=1), taught, atol=3e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_delta_for_each_position_equals_one_vector_where_they_are_alike(name: str) -> None:
+    hooked = hooked_model(name)
+    layer = hooked.layers[-1]
+    one = delta(3, first=4)
+    alike = Delta(one.vector[:, None].expand(1, 9, HIDDEN), one.first)
+    expected = logits(hooked, IDS, Context(deltas={layer: one}))
+    assert torch.equal(logits(hooked, IDS, Context(deltas={layer: alike})), expected)
+    vectors = torch.randn(1, 9, HIDDEN, generator=torch.Generator().manual_seed(4))
+    with_them, without = (Recorder([layer], whole=True) for _ in range(2))
+    logits(hooked, IDS, Context(deltas={layer: Delta(vectors, one.first)}, recorder=with_them))
+    logits(hooked, IDS, Context(recorder=without))
+    added = (with_them.residuals[layer] - without.residuals[layer])[0]
+    torch.testing.assert_close(added[4:], vectors[0, 4:], atol=1e-5, rtol=1e-5)
+    assert not added[:4].any()
+
+
 def test_a_delta_of_zero_changes_no_bit() -> None:
     hooked = hooked_model("gpt_oss")
     zero = Delta(torch.zeros(1, HIDDEN), torch.tensor([0]))
