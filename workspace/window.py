@@ -44,6 +44,7 @@ from transformers import DynamicCache
 
 from workspace.compaction import CompactionSettings, compact, log_mass
 from workspace.context import Recorder, Segment
+from workspace.correction import SummaryCorrection
 from workspace.errors import InvalidWorkspace
 from workspace.hooking import HookedModel
 
@@ -82,14 +83,25 @@ class Summary:
 
 
 class ActiveWindow:
-    """The capped cache of one sequence. Not thread-safe; belongs to its generation as the cache does."""
+    """The capped cache of one sequence. Not thread-safe; belongs to its generation as the cache does.
 
-    def __init__(self, hooked: HookedModel, cache: DynamicCache, settings: WindowSettings | None = None):
+    ``correction`` is applied to the virtual tokens when they are shown, never to what is stored and compacted again.
+    """
+
+    def __init__(
+        self,
+        hooked: HookedModel,
+        cache: DynamicCache,
+        settings: WindowSettings | None = None,
+        *,
+        correction: SummaryCorrection | None = None,
+    ):
         self.settings = settings or WindowSettings()
         self.cache = cache
         self.seen = 0  #: tokens fed so far: the position of the next one
         self.held = 0  #: tokens in the cache of every full-attention layer
         self.summary: Summary | None = None
+        self.correction = correction
         self._hooked = hooked
         self._layers = hooked.layers
         self._rope = hooked.rope.of(hooked.layers[0])
@@ -98,6 +110,11 @@ class ActiveWindow:
         self._queries: deque[tuple[int, Mapping[int, Tensor]]] = deque()  # (tokens, queries by layer), oldest first
         self._segments: dict[int, dict[int, Segment]] = {}  # by distance
         self._attention = _attention_modules(hooked)
+        if correction is not None and correction.layers != hooked.layers:
+            raise InvalidWorkspace(
+                f"the correction is for layers {', '.join(map(str, correction.layers))}, but hooked are "
+                f"{', '.join(map(str, hooked.layers))}"
+            )
         if cache.get_seq_length() != 0:
             raise InvalidWorkspace("a window must watch its cache from the first token on, but the cache is not empty")
 
@@ -120,6 +137,8 @@ class ActiveWindow:
         distance = self.seen - self.summary.frame
         stride = self.settings.stride
         distance += count // 2 if count > 1 else stride // 2 - distance % stride
+        if torch.is_grad_enabled() and self.correction is not None:
+            return self._placed(self.summary, distance)  # every pass its own graph
         if distance not in self._segments:
             self._segments = {distance: self._placed(self.summary, distance)}
         return self._segments[distance]
@@ -229,7 +248,10 @@ class ActiveWindow:
     def _placed(self, summary: Summary, distance: int) -> dict[int, Segment]:
         device = summary.keys.device
         birth = torch.full((1, summary.keys.shape[2]), summary.frame, dtype=torch.int64, device=device)
-        parts = zip(self._layers, summary.keys, summary.values, summary.bias, strict=True)
+        shown = summary.keys, summary.values, summary.bias
+        if self.correction is not None:
+            shown = self.correction(*shown)
+        parts = zip(self._layers, *shown, strict=True)
         return {
             layer: Segment(keys[None], values[None], bias[None], birth, distance=distance)
             for layer, keys, values, bias in parts
