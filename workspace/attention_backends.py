@@ -13,6 +13,15 @@ A virtual key is content k, a query arrives rotated to its position: s R(p) q. I
 s^2 q) and the keys are turned once for all queries and all positions (``placed``): nothing depends on the position.
 The virtual part is computed in float32 at least.
 
+Measured, one thread of a busy EPYC, as ratios within one run. One step of SmolLM2-135M with 32 virtual tokens on 6 of
+its 30 layers, against the same step without a context, after 256 | 2048 tokens: bfloat16 (stock is eager) merge
+1.03 | 1.04, eager 1.02 | 1.00, fused 1.02 | 1.00; float32 (stock is sdpa) merge 1.03 | 1.03, eager 1.02 | 1.03, fused
+1.03 | 1.04. Hooks without a context, against none: 1.00.
+Attention of one layer of gpt-oss-20b alone in bfloat16, against stock: merge 1.4 | 0.9, eager 0.36 | 0.09, fused
+0.32 | 0.10, because stock copies the cache for its 64 query heads. So ``merge`` is not the fastest; it is the default
+because what is carried then changes the answer only as far as it has weight, and rounding does not: in bfloat16 two
+kernels differ by up to a logit.
+
 Shapes: R rows or 1, H key-value heads, G query heads for each of them, T queries, N real keys, M virtual keys, D head
 size. Scores are [R, H, G, T, N|M].
 """
@@ -33,7 +42,6 @@ from workspace.rope import LayerRope
 Base = Literal["eager", "sdpa"]
 
 HIDDEN = -1e30  # score of an invisible virtual key; finite, so that a row without visible keys gives no NaN
-_FLOOR = -1e29  # least log-sum-exp of real keys: above HIDDEN, so that invisible keys never win
 _NEVER = torch.iinfo(torch.int64).max
 _TINY = 1e-38
 
@@ -65,7 +73,7 @@ class Call:
 
     @property
     def heads(self) -> int:
-        """H"""
+        """Number of key-value heads, H."""
         return int(self.key.shape[1])
 
     @property
@@ -133,7 +141,7 @@ def merge(call: Call, ready: Placed) -> tuple[Tensor, Tensor | None]:
     if call.dropout or (call.base == "sdpa" and not _kernel_tells(call)):
         return eager(call, ready)  # dropped weights, or no log-sum-exp but from all the scores, which then suffice
     real, weights, lse = _real_eager(call) if call.base == "eager" else _real_sdpa(call)
-    scores = torch.cat((virtual_scores(call, ready), lse.clamp_min(_FLOOR)), dim=-1)
+    scores = torch.cat((virtual_scores(call, ready), lse), dim=-1)
     shares = torch.softmax(scores, dim=-1).flatten(1, 2)  # [R, H*G, T, M+1]
     virtual = call.grouped(shares[..., :-1]) @ ready.values  # [R, H, G*T, D]
     virtual = call.split(virtual).flatten(1, 2).transpose(1, 2)  # [R, T, H*G, D], as the stock function lays out
