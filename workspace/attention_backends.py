@@ -1,8 +1,8 @@
 """Attention over real and virtual keys: three back ends with equal numbers.
 
 ``merge``  (the default) runs the stock attention on the real keys, with no further copy of the cache, and lets its
-           result compete with the virtual keys by its log-sum-exp. Where no virtual key has weight, the result is the stock
-           result to the bit. Without a log-sum-exp (fused kernels on a GPU or under autograd) it is ``eager``.
+           result compete with the virtual keys by its log-sum-exp. Where no virtual key has weight, the result is the
+           stock result to the bit. Without a log-sum-exp (fused kernels on a GPU or under autograd) it is ``eager``.
 ``eager``  one softmax over the scores of real and virtual keys and the sink: the reference. The only one with dropout.
 ``fused``  torch's fused kernel: each virtual key and the sink is a column with a zero key, whose mask entry is its
            score; the sink's value is zero. It copies the cache, and gives gpt-oss, which is eager in transformers, a
