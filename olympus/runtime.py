@@ -226,7 +226,7 @@ class Runtime:
         from workspace.engine import Engine
         from workspace.models import load_model
 
-        model, engine = self.settings.model, self.settings.engine
+        model, engine, workspace = self.settings.model, self.settings.engine, self.settings.workspace
         loaded = load_model(
             model.name,
             cache_dir=model.cache_dir,
@@ -241,8 +241,9 @@ class Runtime:
             loaded,
             max_active=engine.max_active,
             max_waiting=engine.max_waiting,
-            threads=self.settings.workspace.inference_threads or model.threads,
+            threads=workspace.inference_threads or model.threads,
             prefill_chunk=engine.prefill_chunk,
+            compiled={"mode": workspace.torch_compile_mode} if workspace.enable_torch_compile else None,
         )
         made.start()
         made.warm_up()

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, StaticCache
 
 from workspace.models import LoadedModel
 
@@ -23,7 +23,7 @@ class StepContext(Protocol):
     ``PassiveContext`` has all of it with no effect; derive from it and change what is needed.
     """
 
-    def begin(self, cache: DynamicCache, prompt_ids: Sequence[int]) -> None:
+    def begin(self, cache: Cache, prompt_ids: Sequence[int]) -> None:
         """The generation's cache was made and is empty."""
 
     #: The most tokens that one forward pass may feed, from ``begin`` on; None: as many as the engine likes.
@@ -50,7 +50,7 @@ class PassiveContext:
 
     most_tokens: int | None = None
 
-    def begin(self, cache: DynamicCache, prompt_ids: Sequence[int]) -> None:
+    def begin(self, cache: Cache, prompt_ids: Sequence[int]) -> None:
         """Nothing to prepare."""
 
     def forward_kwargs(self, start: int, count: int) -> Mapping[str, Any]:
@@ -68,27 +68,46 @@ class PassiveContext:
         """Nothing to give back."""
 
 
+#: Static caches come in multiples of this many tokens: few sizes, few compilations.
+_STATIC_STEP = 512
+
+
+class CompileOptions(TypedDict, total=False):
+    """How ``torch.compile`` makes the step of one token: its ``mode``, or another ``backend`` (in tests)."""
+
+    mode: str
+    backend: str
+
+
 class Forward:
     """Runs the model for one sequence at a time; holds no state besides the model, so it may be shared."""
 
-    def __init__(self, loaded: LoadedModel):
+    def __init__(self, loaded: LoadedModel, compiled: CompileOptions | None = None):
         self._model = loaded.model
+        #: What runs passes of one token; passes of a prompt's chunk come in all lengths and stay as they are.
+        self._step = loaded.model if compiled is None else torch.compile(loaded.model, **compiled)
+        self._static = compiled is not None
         self._device = loaded.device
         parameters = inspect.signature(loaded.model.forward).parameters
         self._takes_positions = "position_ids" in parameters  # models with ALiBi have none
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 
-    def new_cache(self) -> DynamicCache:
-        """An empty cache with the layers (full, sliding, ...) that the model's configuration asks for."""
-        return DynamicCache(config=self._model.config)
+    def new_cache(self, tokens: int = _STATIC_STEP) -> Cache:
+        """An empty cache for ``tokens``, with the layers (full, sliding, ...) that the model's configuration asks for.
 
-    def __call__(
-        self, token_ids: Sequence[int], cache: DynamicCache, start: int, extra: Mapping[str, Any]
-    ) -> torch.Tensor:
+        It grows by itself, but for compiled steps, which would be compiled anew whenever a shape changes: those get
+        one of a fixed size.
+        """
+        if not self._static:
+            return DynamicCache(config=self._model.config)
+        return StaticCache(config=self._model.config, max_cache_len=-(-tokens // _STATIC_STEP) * _STATIC_STEP)
+
+    def __call__(self, token_ids: Sequence[int], cache: Cache, start: int, extra: Mapping[str, Any]) -> torch.Tensor:
         """Append ``token_ids`` at positions from ``start`` to ``cache``; logits of the last one, [V] in float32."""
         ids = torch.tensor([token_ids], dtype=torch.long, device=self._device)  # [1, T]
         kwargs: dict[str, Any] = {"past_key_values": cache, "use_cache": True, **self._last_only, **extra}
         if self._takes_positions:
             kwargs["position_ids"] = torch.arange(start, start + len(token_ids), device=self._device)[None]  # [1, T]
-        logits: torch.Tensor = self._model(input_ids=ids, **kwargs).logits  # [1, 1, V]
+        model = self._step if len(token_ids) == 1 else self._model
+        logits: torch.Tensor = model(input_ids=ids, **kwargs).logits  # [1, 1, V]
         return logits[0, -1].float()

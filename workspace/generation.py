@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from transformers import DynamicCache
+from transformers import Cache
 
 from workspace.channels import Channel, Output, OutputParser, ToolCall, ToolCallDelta
 from workspace.sampling import SampledToken, Sampler, SamplingParams, TokenLogprob
@@ -108,7 +108,7 @@ class Generation:
         self.limit = limit  #: most tokens to generate: the request's wish, or what the context has left
         self.context = context
         # Touched by the engine's thread only.
-        self.cache: DynamicCache | None = None
+        self.cache: Cache | None = None
         self.position = 0  #: tokens in the cache
         self.token_ids: list[int] = []
         self.sampler = sampler

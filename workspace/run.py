@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from workspace.context import Context, Delta, Recorder, Segment
 from workspace.controller import Controller, Decision
@@ -85,10 +85,10 @@ class WorkspaceRun(PassiveContext):
 
     # Called by the engine.
 
-    def begin(self, cache: DynamicCache, prompt_ids: Sequence[int]) -> None:
+    def begin(self, cache: Cache, prompt_ids: Sequence[int]) -> None:
         """Take what the session holds, once: what other requests write meanwhile does not change this answer."""
         self._prompt = len(prompt_ids)
-        if self._config.chunk_size:
+        if self._config.chunk_size and isinstance(cache, DynamicCache):  # the configuration excludes static ones
             self._window = ActiveWindow(self._steering.hooked, cache, self._steering.window_settings)
             self.most_tokens = self._window.settings.block
         if self._toggles.virtual_kv:

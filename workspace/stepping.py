@@ -20,7 +20,7 @@ def advance(generation: Generation, forward: Forward, *, eos_ids: frozenset[int]
         return
     context = generation.context
     if generation.cache is None:
-        generation.cache = forward.new_cache()
+        generation.cache = forward.new_cache(len(generation.prompt_ids) + generation.limit)
         if context is not None:
             context.begin(generation.cache, generation.prompt_ids)
     if generation.prefilled:

@@ -218,6 +218,11 @@ class WorkspaceConfig(_Section):
                 f"chunk_size ({self.chunk_size}) must hold the {self.sinks} sinks and {FEWEST_RECENT} recent tokens; "
                 f"use at least {self.sinks + FEWEST_RECENT}, or 0 for no cap"
             )
+        if self.chunk_size and self.enable_torch_compile:
+            raise ValueError(
+                f"chunk_size ({self.chunk_size}) cuts the cache and enable_torch_compile needs one of a fixed size; "
+                "use 0 for the one, or false for the other"
+            )
         needed = self.virtual_tokens + self.static_tokens
         if self.retention.max_tokens_per_layer < needed:
             raise ValueError(

@@ -17,6 +17,9 @@ from transformers import StaticCache
 from tests.support.architectures import HIDDEN, hooked_model, segments
 from workspace.context import Context, Delta, Recorder
 from workspace.hooking import HookedModel
+from workspace.sampling import SamplingParams
+from workspace.steering import Steering
+from workspace.workspace_config import WorkspaceConfig
 
 
 @pytest.fixture(autouse=True)
@@ -95,3 +98,25 @@ def test_every_back_end_compiles_a_prompt_into_one_graph(name: str, base: str, b
     same_records(contexts[0], contexts[1], hooked.layers)
     assert (ours - without).abs().max() > 0.1
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_an_engine_with_a_compiled_step_says_the_same(architecture: str, tiny_models: Any, make_engine: Any) -> None:
+    loaded = tiny_models[architecture]
+    params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+    options = {"prefill_chunk": 8}  # the slots look at the prompt chunk by chunk
+    plain, compiled = make_engine(loaded, **options), make_engine(loaded, compiled={"backend": "eager"}, **options)
+    steering = Steering(loaded, WorkspaceConfig(kv_plan_bias=-1.0))
+    try:
+        for prompt in ([5, 6, 7], list(range(2, 40))):
+            for steered in (False, True):
+                one, other = (
+                    engine.submit(prompt, params, request_context=steering.run() if steered else None).result(60)
+                    for engine in (plain, compiled)
+                )
+                assert one.error is None
+                assert other.error is None
+                assert one.token_ids == other.token_ids
+    finally:
+        steering.close()
+    assert not counters["graph_break"], dict(counters["graph_break"])
