@@ -1,4 +1,4 @@
-"""What the history brings to mind for a question: BM25 over the newest experiences of a domain.
+"""What a question brings to mind: BM25 over the newest experiences of a domain, and over a conversation's own turns.
 
 The words decide, not their meaning; a memory of embeddings can take this one's place behind the same protocol
 (``workspace.recall``). The index is a cache of the rows: it is built anew when the domain's newest id or its number of
@@ -24,11 +24,38 @@ _DOMAINS = 16
 _LONGEST = 600  # characters of an observation or an action that a recollection shows
 
 
+class WordIndex:
+    """Texts, found by the words that they share with a question."""
+
+    def __init__(self, texts: Sequence[str]):
+        self._count = len(texts)
+        self._bm25: Any = None
+        tokens = bm25s.tokenize(list(texts), stopwords="en", show_progress=False)
+        if tokens.vocab:
+            self._bm25 = bm25s.BM25()
+            self._bm25.index(tokens, show_progress=False)
+
+    def best(self, query: str, limit: int) -> list[tuple[int, float]]:
+        """Places and scores of at most ``limit`` texts that share a word with ``query``, best first."""
+        tokens = bm25s.tokenize([query], stopwords="en", show_progress=False)
+        if self._bm25 is None or not tokens.vocab or limit < 1:
+            return []
+        found, scores = self._bm25.retrieve(tokens, k=min(limit, self._count), show_progress=False)
+        pairs = zip(found[0].tolist(), scores[0].tolist(), strict=True)
+        return [(int(place), float(score)) for place, score in pairs if score > 0]
+
+
+def recall_turns(turns: Sequence[str], question: str, limit: int) -> list[Recollection]:
+    """Those of a conversation's earlier ``turns`` that ``question`` brings to mind; for what left the active cache."""
+    found = WordIndex(turns).best(question, limit) if turns else []
+    return [Recollection(turns[place][:_LONGEST], score, f"turn {place + 1}") for place, score in found]
+
+
 @dataclass(frozen=True)
 class _Index:
     state: tuple[int, int]  # live records and newest id when it was built
     records: list[Record]
-    bm25: Any
+    words: WordIndex
 
 
 class HistoryRecall:
@@ -48,19 +75,12 @@ class HistoryRecall:
         index = self._index(domain or self._default_domain)
         if index is None or limit < 1:
             return ()
-        tokens = bm25s.tokenize([query], stopwords="en", show_progress=False)
-        if not tokens.vocab:
-            return ()
-        most = min(len(index.records), limit + 8)  # a few more, for those that are left out
-        found, scores = index.bm25.retrieve(tokens, k=most, show_progress=False)
         told: list[Recollection] = []
-        for place, score in zip(found[0].tolist(), scores[0].tolist(), strict=True):
+        for place, score in index.words.best(query, limit + 8):  # a few more, for those that are left out
             record = index.records[place]
-            if score <= 0 or len(told) == limit:
-                break
             if session is None or record.session_id != session:
                 told.append(Recollection(_text(record), score, f"experience {record.id}"))
-        return told
+        return told[:limit]
 
     def _index(self, domain: str) -> _Index | None:
         state = self._history.domains().get(domain)
@@ -70,22 +90,14 @@ class HistoryRecall:
             known = self._indices.pop(domain, None)
             if known is None or known.state != state:
                 known = self._build(domain, state)
-            if known is not None:
-                self._indices[domain] = known  # the last one is the most recently used
-                while len(self._indices) > _DOMAINS:
-                    del self._indices[next(iter(self._indices))]
+            self._indices[domain] = known  # the last one is the most recently used
+            while len(self._indices) > _DOMAINS:
+                del self._indices[next(iter(self._indices))]
             return known
 
-    def _build(self, domain: str, state: tuple[int, int]) -> _Index | None:
+    def _build(self, domain: str, state: tuple[int, int]) -> _Index:
         records = self._history.page(domain=domain, limit=NEWEST)
-        tokens = bm25s.tokenize(
-            [f"{record.observation} {record.action}" for record in records], stopwords="en", show_progress=False
-        )
-        if not tokens.vocab:
-            return None
-        bm25 = bm25s.BM25()
-        bm25.index(tokens, show_progress=False)
-        return _Index(state, records, bm25)
+        return _Index(state, records, WordIndex([f"{record.observation} {record.action}" for record in records]))
 
 
 def _text(record: Record) -> str:

@@ -16,7 +16,7 @@ import structlog
 
 from memory.history import History
 from memory.latent import LatentSessions
-from memory.recall import HistoryRecall
+from memory.recall import HistoryRecall, recall_turns
 from olympus.chat_types import WorkspaceWish
 from olympus.errors import InvalidRequest
 from settings import Settings
@@ -94,19 +94,36 @@ class Workbench:
         return self.steering.run(session=session, domain=domain, question=question, toggles=toggles)
 
     def with_memories(self, messages: Sequence[Mapping[str, Any]], run: WorkspaceRun) -> list[Mapping[str, Any]]:
-        """``messages`` with what the question brings to mind in the system message, within ``retrieve_tokens``."""
+        """``messages`` with what the question brings to mind, within ``retrieve_tokens``.
+
+        It enters the system message; where the cache is capped, the last user message, and then earlier turns of the
+        conversation itself are brought back, too.
+        """
         steering = self.steering
         assert steering is not None
         if not run.toggles.memory or steering.config.retrieve_tokens == 0:
             return list(messages)
-        lines = _within(steering, run.recollect())
+        capped = steering.config.chunk_size > 0
+        turns = _own_turns(steering, messages) if capped else []
+        lines = _within(steering, [*turns, *run.recollect()])
+        run.report.recollections += [item.source for item in turns]
         if not lines:
             return list(messages)
         text = "\n".join([_MEMORY_HEAD, *lines])
-        first = messages[0]
+        first, last = messages[0], messages[-1]
+        if capped and last["role"] == "user":  # a system message leaves a capped cache with everything else
+            return [*messages[:-1], {**last, "content": f"{text}\n\n{last['content']}"}]
         if first["role"] in ("system", "developer"):
             return [{**first, "content": f"{first['content']}\n\n{text}"}, *messages[1:]]
         return [{"role": "system", "content": text}, *messages]
+
+
+def _own_turns(steering: Steering, messages: Sequence[Mapping[str, Any]]) -> list[Recollection]:
+    """Earlier messages of the conversation itself that the last one brings to mind: they may have left the cache."""
+    if messages[-1]["role"] != "user":
+        return []
+    turns = [str(message["content"]) for message in messages[:-1] if message["role"] == "user"]
+    return recall_turns(turns, str(messages[-1]["content"]), steering.config.retrieve_items)
 
 
 def _within(steering: Steering, found: Sequence[Recollection]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from memory.history import History, NewExperience
-from memory.recall import HistoryRecall
+from memory.recall import HistoryRecall, recall_turns
 from storage.database import Database
 from storage.models import Base
 
@@ -69,3 +69,12 @@ def test_what_is_new_is_found_and_what_is_deleted_is_not(history: History) -> No
     assert _sources(recall, "herring") == [f"experience {second}"]
     history.delete(experience_id=second)
     assert _sources(recall, "herring") == []
+
+
+def test_a_conversations_own_turns_come_back(history: History) -> None:
+    turns = ["Hello! My cat is called Milo.", "How do plants make food?", "Why is the sky blue?"]
+    (found,) = recall_turns(turns, "What is my cat called?", 2)
+    assert (found.text, found.source) == (turns[0], "turn 1")
+    assert recall_turns(turns, "quantum chromodynamics", 2) == []
+    assert recall_turns([], "anything", 2) == []
+    assert recall_turns(["the", "of"], "the", 2) == []
