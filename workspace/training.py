@@ -26,12 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from storage import files
+from workspace.calibration import observe_text
 from workspace.capture_blob import Blob
 from workspace.capture_folder import Capture, CaptureEntry
-from workspace.context import Context
 from workspace.errors import TrainingConfigError, TrainingDiverged, TrainingError
 from workspace.held_out import ArmLoss, held_out_blobs, measure, steered
 from workspace.hooking import HookedModel
@@ -212,32 +211,16 @@ class _Run:
             self._observe(modules, self._capture.read(entry), first=number == 0)
         return modules
 
-    @torch.no_grad()
     def _observe(self, modules: WorkspaceModules, blob: Blob, *, first: bool) -> None:
         """Take a text's real keys and values into the running norms; static tokens start as those of the first."""
-        loaded, rope = self._hooked.loaded, self._hooked.rope
-        cache = DynamicCache(config=loaded.model.config)
-        positions = torch.arange(blob.tokens, device=loaded.device)[None]
-        keep = torch.zeros(1, dtype=torch.long, device=loaded.device)
-        loaded.model(
-            blob.input_ids[None].to(loaded.device),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep,
-            workspace=Context(),
-        )
+        real = observe_text(self._hooked, modules.projector, blob.input_ids)
         wanted = self._config.workspace.static_tokens
-        if first and wanted > blob.tokens:
-            raise TrainingConfigError(f"workspace.static_tokens ({wanted}) exceeds the tokens of a text; lower it")
-        begun: dict[int, tuple[Tensor, Tensor]] = {}
-        for layer in modules.shape.layers:
-            held: Any = cache.layers[layer]
-            keys = rope.derotate(held.keys.float(), positions, layer)
-            modules.projector.observe(layer, keys, held.values)
-            begun[layer] = keys[0, :, :wanted], held.values[0, :, :wanted].float()
         if first and wanted:
-            modules.projector.begin_static(begun)
+            if wanted > blob.tokens:
+                raise TrainingConfigError(f"workspace.static_tokens ({wanted}) exceeds the tokens of a text; lower it")
+            modules.projector.begin_static(
+                {layer: (keys[0, :, :wanted], values[0, :, :wanted]) for layer, (keys, values) in real.items()}
+            )
 
     def _resume(self) -> None:
         found = self._checkpoints.newest()
