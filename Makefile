@@ -31,6 +31,8 @@ test-all: lint ## everything, with the slow proofs
 
 bench: $(VENV)/.dev ## print the ratios that we claim
 	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/workspace.py
 
 lint: $(VENV)/.dev ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
