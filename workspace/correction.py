@@ -27,6 +27,9 @@ from workspace.hooking import HookedModel
 from workspace.state_files import StateShape, TrainedModel, TrainingRecord, read_manifest, read_tensors, write_state
 
 PART = "window_correction"
+SHIPPED = (
+    Path(__file__).resolve().parent / "weights"
+)  #: <model>/window, made by benchmarks/workspace_parts/long_context.py
 
 
 class SummaryCorrection(nn.Module):
@@ -100,6 +103,18 @@ def load_correction(path: Path, hooked: HookedModel) -> SummaryCorrection:
     correction.load_state_dict(tensors)
     correction.record = manifest.training
     return correction.requires_grad_(False).eval()
+
+
+def shipped_correction(hooked: HookedModel) -> SummaryCorrection | None:
+    """The correction that comes with this program for exactly this model and these layers, or None.
+
+    Raises ``StateDamaged`` or ``StateMismatch`` if its files are not what they were.
+    """
+    for path in sorted(SHIPPED.glob("*/window")):
+        manifest = read_manifest(path)
+        if hooked.loaded.fingerprint in manifest.model.fingerprints and manifest.shape == _shape(hooked):
+            return load_correction(path, hooked)
+    return None
 
 
 def _shape(hooked: HookedModel) -> StateShape:

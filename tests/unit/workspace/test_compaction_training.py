@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from workspace import correction as correction_module
 from workspace.compaction_training import CorrectionTraining, train_correction
 from workspace.context import Context
-from workspace.correction import SummaryCorrection, load_correction, save_correction
+from workspace.correction import SummaryCorrection, load_correction, save_correction, shipped_correction
 from workspace.errors import InvalidWorkspace, StateDamaged, StateMismatch, StateNotFound
 from workspace.hooking import HookedModel
 from workspace.models import LoadedModel
@@ -130,6 +131,21 @@ def test_absent_and_damaged_weights_are_named(llama: HookedModel, tmp_path: Path
     weights.write_bytes(weights.read_bytes()[:-8] + bytes(8))
     with pytest.raises(StateDamaged, match=weights.name):
         load_correction(tmp_path / "state", llama)
+
+
+def test_what_ships_is_found_by_the_models_fingerprint(
+    llama: HookedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(correction_module, "SHIPPED", tmp_path)
+    assert shipped_correction(llama) is None
+    correction = save(llama, tmp_path / "tiny" / "window")
+    found = shipped_correction(llama)
+    assert found is not None
+    assert torch.equal(found.key_up, correction.key_up)
+    llama.remove()
+    fewer = HookedModel(llama.loaded, (1,))
+    assert shipped_correction(fewer) is None
+    fewer.remove()
 
 
 def test_a_window_refuses_a_correction_for_other_layers(llama: HookedModel) -> None:
