@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 import yaml
 
+from cli import workspace as workspace_commands
 from cli.kernels import app as kernels_app
 from settings import Settings, SettingsError, load_settings, prepare_process_environment, setting_paths
 from storage import migrate
@@ -32,6 +33,7 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(database_app, name="db")
 app.add_typer(model_app, name="model")
 app.add_typer(kernels_app, name="kernels")
+workspace_commands.register(app)
 
 ConfigOption = Annotated[
     str | None, typer.Option("--config", "-c", help="A YAML file, or the name of one in configs/.", show_default=False)
