@@ -89,7 +89,9 @@ class WorkspaceRun(PassiveContext):
         """Take what the session holds, once: what other requests write meanwhile does not change this answer."""
         self._prompt = len(prompt_ids)
         if self._config.chunk_size and isinstance(cache, DynamicCache):  # the configuration excludes static ones
-            self._window = ActiveWindow(self._steering.hooked, cache, self._steering.window_settings)
+            self._window = ActiveWindow(
+                self._steering.hooked, cache, self._steering.window_settings, correction=self._steering.correction
+            )
             self.most_tokens = self._window.settings.block
         if self._toggles.virtual_kv:
             self._fixed.append(self._steering.static)

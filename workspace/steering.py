@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from workspace.context import Context, Segment
+from workspace.correction import shipped_correction
 from workspace.errors import StoreFull
 from workspace.heuristic_kv import heuristic_kv
 from workspace.hooking import HookedModel, default_layers, hookable_layers
@@ -64,6 +65,8 @@ class Steering:
         shape = ModuleShape(self.hooked.hidden_size, self.hooked.kv_heads, self.hooked.head_dim, layers)
         try:
             self.modules = _modules(loaded, shape, config)
+            #: What is learnt about the errors of compaction; it comes with the program for models it was trained on.
+            self.correction = shipped_correction(self.hooked) if config.chunk_size else None
         except BaseException:
             self.hooked.remove()
             raise
@@ -179,6 +182,7 @@ class Steering:
             "trained": None if record is None else {"parts": list(record.parts), "step": record.step},
             "parameters": self.modules.parameter_count,
             "chunk_size": self.config.chunk_size,
+            "window_correction": self.correction is not None,
             "virtual_tokens": self.config.virtual_tokens,
             "static_tokens": sum(segment.tokens for segment in self.static.values()),
             "memory": self._recall is not None,
