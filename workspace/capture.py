@@ -10,7 +10,7 @@ answer every ``answer_stride``-th token (1: as serving does, for four times the 
 read from a pass without workspace, over all tokens at once; so one that was captured twice is equal to the bit.
 
 Crash-safe: see ``capture_folder.py``. Numbers are those of the prompts' file; a generated answer depends on its seed
-(the capture's plus its number) and on the others in its batch, and batches are cut by number.
+(the capture's plus its number) and on the others in its batch; batches are cut from the questions in their order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -160,25 +159,26 @@ def _answered(
     stop: threading.Event | None,
 ) -> Iterator[tuple[Item, tuple[int, ...], _Schedule]]:
     """What is not captured yet, with an answer. Whole batches are written anew, so that they round as before."""
-    for _, group in groupby(wanted, key=lambda item: item.index // options.batch):
-        batch = list(group)
-        missing = [item for item in batch if not folder.has(item.index)]
-        if not missing or (stop is not None and stop.is_set()):
+    asked = [item for item in wanted if item.answer_ids is None]
+    batch_of = {item.index: place // options.batch for place, item in enumerate(asked)}
+    write = _write_steered if options.workspace else _write_stock
+    written: dict[int, tuple[tuple[int, ...], _Schedule | None]] = {}
+    for item in wanted:
+        if folder.has(item.index):
             continue
-        given = {item.index: item.answer_ids for item in batch if item.answer_ids is not None}
-        schedules: dict[int, _Schedule] = {}
-        if any(item.index not in given for item in missing):
-            writing = [item for item in batch if item.answer_ids is None]
-            write = _write_steered if options.workspace else _write_stock
-            for item, (answer, schedule) in zip(writing, write(steering, options, writing), strict=True):
-                given[item.index] = answer
-                if schedule is not None:
-                    schedules[item.index] = schedule
-        for item in missing:
-            if stop is not None and stop.is_set():
-                break
-            end = len(item.prompt_ids)
-            yield item, given[item.index], schedules.get(item.index, _Schedule((end,), (end,)))
+        if stop is not None and stop.is_set():
+            return
+        schedule = None
+        answer = item.answer_ids
+        if answer is None:
+            if item.index not in written:
+                first = batch_of[item.index] * options.batch
+                batch = asked[first : first + options.batch]
+                made = write(steering, options, batch)
+                written = {one.index: answer for one, answer in zip(batch, made, strict=True)}
+            answer, schedule = written[item.index]
+        end = len(item.prompt_ids)
+        yield item, answer, schedule or _Schedule((end,), (end,))
 
 
 def _params(options: CaptureOptions, item: Item) -> SamplingParams:

@@ -62,6 +62,7 @@ class Batch:
     top_logprobs: Tensor | None  #: [R, F, k]
     base_loss: Tensor | None  #: [R, F] loss of the model with its whole context and no virtual tokens, nats
     whole: bool  #: the student has the whole context
+    sampled: Tensor  #: [R] bool: the model wrote this continuation itself
     controller_inputs: Tensor | None  #: [R, F, 6]
     controller_targets: Tensor | None  #: [R, F, 4] probabilities
 
@@ -179,6 +180,7 @@ def assemble(blobs: Sequence[Blob], draws: Sequence[Draw], config: TrainingConfi
         top_logprobs=teacher[1],
         base_loss=_base_loss(blobs, draws, counts, most),
         whole=whole,
+        sampled=torch.tensor([blob.metadata.seed is not None for blob in blobs]),
         controller_inputs=signals[0],
         controller_targets=signals[1],
     )

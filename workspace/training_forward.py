@@ -88,7 +88,7 @@ class Student:
         for number in range(maker.rounds):
             recorder = Recorder(layers, whole=True)
             with torch.no_grad():
-                self._pass(batch, copy.deepcopy(cache), Context(segments, made, recorder=recorder))
+                self._pass(batch, copy.deepcopy(cache), Context(segments, made, recorder=recorder), said=False)
             with torch.set_grad_enabled(number == maker.rounds - 1 and torch.is_grad_enabled()):
                 made = _positional(maker, recorder, batch.births)
         return made
@@ -113,8 +113,9 @@ class Student:
         )
         return cache
 
-    def _pass(self, batch: Batch, cache: DynamicCache, context: Context) -> Any:
-        """Feed the tokens after the prefix. Their padding stands behind them, where causality hides it."""
+    def _pass(self, batch: Batch, cache: DynamicCache, context: Context, *, said: bool = True) -> Any:
+        """Feed the tokens after the prefix; logits of all of them, or not ``said``. Their padding stands behind them,
+        where causality hides it."""
         device, fed = self._loaded.device, batch.fed_ids.shape[1]
         mask = torch.cat((batch.prefix_mask, torch.ones_like(batch.fed_ids)), dim=1)
         positions = batch.first[:, None] + torch.arange(fed)
@@ -125,7 +126,7 @@ class Student:
             past_key_values=cache,
             use_cache=True,
             # By index: a slice of a batch is not contiguous, and torch would copy the output matrix for every row.
-            logits_to_keep=torch.arange(fed, device=device),
+            logits_to_keep=torch.arange(fed if said else 1, device=device),
             workspace=context,
         )
 

@@ -1,13 +1,15 @@
-"""What training minimises. Means are over the predicted tokens of a batch, in nats.
+"""What training minimises. Means are over the predicted tokens of a batch that a term is about, in nats.
 
 For a token t with context c, of which the student S sees a part besides its virtual tokens, and the model M all:
 
-    cross-entropy   CE   = mean_t  -log S(t)
-    distillation    KD   = mean_t  sum_{v in top k} M(v) (log M(v) - log S(v)) + M(rest) (log M(rest) - log S(rest))
+    cross-entropy   CE   = mean_t  -log S(t)                            texts that somebody else wrote
+    distillation    KD   = mean_t  sum_{v in top k} M(v) log(M(v) / S(v)) + M(rest) log(M(rest) / S(rest))
     broadcast       B    = mean_rows max(0, CE_row(S) - CE_row(M))      only where S sees the whole context
     controller      K    = mean_t  sum_{a in actions} KL(heuristic_a || network_a)     of Bernoulli variables
     total                = w_ce CE + w_kd KD + w_b B + w_k K
 
+The model's own samples are for KD alone: as targets they would teach it nothing but the temperature at which they were
+drawn. Other texts are for KD only where S lacks context, because with the whole of it KD would just pull S back to M.
 KD takes what is not among the k most probable tokens as one token, so it never exceeds the full divergence. B is the
 change in log perplexity that appended virtual tokens cost; where they gain, it is zero and has no gradient.
 
@@ -78,14 +80,13 @@ def losses_of(batch: Batch, logits: Tensor | None, controller_logits: Tensor | N
     """All terms with a weight. ``logits`` [R, F, V] of the student, ``controller_logits`` [R, F, 4]."""
     terms: dict[str, Tensor] = {}
     if logits is not None:
-        mask = batch.target_mask.to(logits.device)
-        count = mask.sum()
+        mask, sampled = batch.target_mask.to(logits.device), batch.sampled.to(logits.device)[:, None]  # [R, F], [R, 1]
         logs = logits.float().log_softmax(dim=-1)
         nll = -logs.gather(2, batch.target_ids.to(logits.device)[..., None])[..., 0]  # [R, F]
-        terms["cross_entropy"] = (nll * mask).sum() / count
+        _add(terms, "cross_entropy", nll, mask & ~sampled)
         if weights.distillation and batch.top_ids is not None and batch.top_logprobs is not None:
             kd = distillation(logs, batch.top_ids.to(logits.device), batch.top_logprobs.to(logits.device))
-            terms["distillation"] = (kd * mask).sum() / count
+            _add(terms, "distillation", kd, mask & sampled if batch.whole else mask)
         if weights.broadcast and batch.whole and batch.base_loss is not None:
             added = row_means(nll, mask) - row_means(batch.base_loss.to(logits.device), mask)
             terms["broadcast"] = added.clamp_min(0).mean()
@@ -94,4 +95,16 @@ def losses_of(batch: Batch, logits: Tensor | None, controller_logits: Tensor | N
         divergence = controller_divergence(controller_logits, batch.controller_targets.to(controller_logits.device))
         terms["controller"] = (divergence * mask).sum() / mask.sum()
     weighted = [getattr(weights, name) * term for name, term in terms.items() if getattr(weights, name)]
-    return Losses(total=torch.stack(weighted).sum(), **terms)
+    return Losses(total=torch.stack(weighted).sum() if weighted else _nothing(logits, controller_logits), **terms)
+
+
+def _add(terms: dict[str, Tensor], name: str, values: Tensor, mask: Tensor) -> None:
+    """The mean over the tokens that a term is about; no term without any."""
+    count = mask.sum()
+    if count:
+        terms[name] = (values * mask).sum() / count
+
+
+def _nothing(*outputs: Tensor | None) -> Tensor:
+    """Zero with a zero gradient, for a batch that no term is about (own samples without distillation)."""
+    return torch.stack([output.float().sum() * 0.0 for output in outputs if output is not None]).sum()

@@ -36,6 +36,7 @@ def make_batch(**changes: object) -> Batch:
         top_logprobs=best,
         base_loss=torch.tensor([[1.0, 1.0, 1.0], [9.0, 0.0, 0.0]]),
         whole=True,
+        sampled=torch.tensor([False, False]),
         controller_inputs=None,
         controller_targets=torch.full((ROWS, FED, 4), 0.25),
     )
@@ -78,7 +79,7 @@ def test_distillation_is_the_divergence_with_the_rest_as_one_token(logits: torch
 
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn(logits: torch.Tensor) -> None:
     best, ids = logits.detach().log_softmax(-1).topk(3, dim=-1)
-    batch = make_batch(top_ids=ids, top_logprobs=best)
+    batch = make_batch(top_ids=ids, top_logprobs=best, sampled=torch.tensor([True, True]))
     found = losses_of(batch, logits, None, LossWeights(cross_entropy=0, broadcast=0, distillation=1))
     found.total.backward()
     assert abs(found.numbers()["total"]) < 1e-6
@@ -116,7 +117,8 @@ def test_the_controllers_loss_is_a_divergence() -> None:
 
 def test_terms_are_weighed_and_told(logits: torch.Tensor) -> None:
     weights = LossWeights(cross_entropy=0.5, distillation=2, broadcast=3, controller=4)
-    found = losses_of(make_batch(), logits, torch.zeros(ROWS, FED, 4), weights)
+    batch = make_batch(sampled=torch.tensor([False, True]))
+    found = losses_of(batch, logits, torch.zeros(ROWS, FED, 4), weights)
     numbers = found.numbers()
     expected = (
         0.5 * numbers["cross_entropy"]
@@ -125,3 +127,32 @@ def test_terms_are_weighed_and_told(logits: torch.Tensor) -> None:
         + 4 * numbers["controller"]
     )
     assert numbers["total"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_own_samples_are_distilled_and_other_texts_predicted(logits: torch.Tensor) -> None:
+    """Of the two rows the second is the model's own."""
+    weights = LossWeights(distillation=1)
+    batch = make_batch(sampled=torch.tensor([False, True]))
+    assert batch.top_ids is not None
+    assert batch.top_logprobs is not None
+    nll = token_losses(logits, batch.target_ids)
+    kd = distillation(logits.log_softmax(-1), batch.top_ids, batch.top_logprobs)
+    whole = losses_of(batch, logits, None, weights)
+    part = losses_of(make_batch(sampled=torch.tensor([False, True]), whole=False), logits, None, weights)
+    for found in (whole, part):
+        assert found.cross_entropy is not None
+        torch.testing.assert_close(found.cross_entropy, nll[0].mean())
+    assert whole.distillation is not None
+    assert part.distillation is not None
+    torch.testing.assert_close(whole.distillation, kd[1, 0])
+    torch.testing.assert_close(part.distillation, kd[MASK].mean())
+
+
+def test_a_batch_that_teaches_nothing_has_no_gradient(logits: torch.Tensor) -> None:
+    batch = make_batch(sampled=torch.tensor([True, True]), whole=False)
+    found = losses_of(batch, logits, None, LossWeights())
+    assert found.cross_entropy is None
+    found.total.backward()
+    assert found.numbers() == {"total": 0.0}
+    assert logits.grad is not None
+    assert not logits.grad.any()
