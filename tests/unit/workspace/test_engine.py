@@ -16,8 +16,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from workspace.engine import Engine
 from workspace.errors import EngineBusy, EngineStopped, InvalidPrompt, PromptTooLong
-from workspace.forward import Forward
-from workspace.forward import PassiveContext
+from workspace.forward import Forward, PassiveContext
 from workspace.generation import Finished, Generation, TokenChunk
 from workspace.models import LoadedModel
 from workspace.sampling import SamplingParams
