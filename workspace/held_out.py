@@ -6,7 +6,8 @@ Every text is asked in the same way each time (the broadcast comes at the end of
     trained     what the modules make of the text's own context
     other       the same made of another text's context of the same kind: what is gained by being trained at all
     random      random directions of real lengths, at a bias of 0: what a broken workspace would do
-    heuristic   the model's own projections of what the probes saw (``heuristic_kv.py``)
+    heuristic   the model's own projections of what the probes saw (``heuristic_kv.py``), at the weights' bias or -2,
+                whichever is less: above that they are known to do harm
 
 Nothing is trained here. Shapes as in ``training_forward.py``.
 """
@@ -36,6 +37,7 @@ from workspace.training_losses import row_means, token_losses
 
 Arm = Literal["none", "trained", "other", "random", "heuristic"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
+_HEURISTIC_BIAS = -2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +180,7 @@ def _heuristic(
         found[layer] = Segment(
             keys * config.kv_plan_scale,
             values * config.kv_projection_scale,
-            torch.full((1, 1, most), config.kv_plan_bias, device=keys.device),
+            torch.full((1, 1, most), min(config.kv_plan_bias, _HEURISTIC_BIAS), device=keys.device),
             births.to(keys.device)[:, None].expand(-1, most),
             mask=(torch.arange(most)[None] < torch.tensor(counts)[:, None]).to(keys.device),
         )

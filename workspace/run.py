@@ -102,7 +102,7 @@ class WorkspaceRun(PassiveContext):
     def forward_kwargs(self, start: int, count: int) -> Mapping[str, Any]:
         """The context of the next pass."""
         self._recorder = self._new_recorder(count)
-        return {"workspace": Context(self._segments(count), self._deltas(start, count), recorder=self._recorder)}
+        return {"workspace": Context(self._segments(count), self._deltas(start), recorder=self._recorder)}
 
     def fed(self, start: int, count: int) -> None:
         """Note what the probes saw; a capped cache evicts where it is time."""
@@ -171,15 +171,13 @@ class WorkspaceRun(PassiveContext):
             self._measure(merged)
         return self._merged[1]
 
-    def _deltas(self, start: int, count: int) -> dict[int, Delta]:
-        """From the slots and the residuals of the token before; none while the prompt is read."""
+    def _deltas(self, start: int) -> dict[int, Delta]:
+        """From the slots and the residuals of the token before; none while the prompt is read, however it is cut."""
         modules = self._steering.modules
-        if not self._toggles.residual_delta or start + count < self._prompt or not self._last:
-            return {}
-        if not modules.trained("residual_delta"):
+        if not self._toggles.residual_delta or start < self._prompt or not modules.trained("residual_delta"):
             return {}
         vectors = modules.projector.delta(self._slots, self._last)
-        first = torch.tensor([max(self._prompt - 1, start)])
+        first = torch.tensor([start])
         return {layer: Delta(vector, first) for layer, vector in vectors.items()}
 
     def _measure(self, merged: Mapping[int, Segment]) -> None:

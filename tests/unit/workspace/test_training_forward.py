@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +202,26 @@ def test_gradients_reach_every_trained_part_and_nothing_else(steer: Callable[...
         name for name, _ in modules.named_parameters() if name.startswith(("controller", "features.mem"))
     }
     assert all(parameter.grad is None for parameter in steering.loaded.model.parameters())
+
+
+def test_deltas_begin_with_the_answer_however_the_prompt_is_cut(steer: Callable[..., Steering]) -> None:
+    """The first answer token was sampled without one; each later pass carries one from its own position on."""
+    steering = steer("residual_delta")
+    carried: dict[int, list[int]] = {}
+
+    class Watching(WorkspaceRun):
+        def forward_kwargs(self, start: int, count: int) -> Mapping[str, Any]:
+            extra = super().forward_kwargs(start, count)
+            carried[start] = [int(delta.first) for delta in extra["workspace"].deltas.values()]
+            return extra
+
+    engine = Engine(steering.loaded, max_active=1, max_waiting=0, threads=1, prefill_chunk=16)
+    engine.start()
+    try:
+        run = Watching(steering, None, None, "", Toggles(memory=False))
+        params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+        engine.submit(list(range(5, 45)), params, request_context=run).result()
+    finally:
+        engine.stop()
+    layers = len(steering.layers)
+    assert carried == {0: [], 16: [], 32: [], 40: [40] * layers, 41: [41] * layers}
