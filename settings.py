@@ -171,9 +171,7 @@ class KernelSettings(_Section):
     )
     patience_evaluations: int = Field(40, ge=1, description="Evaluations without improvement until settled.")
     step_pause_ms: float = Field(0.0, ge=0, le=1000, description="Pause after each step, in milliseconds.")
-    serve_pause_ms: float = Field(
-        50.0, ge=0, le=1000, description="Pause per step while a chat is generating."
-    )
+    serve_pause_ms: float = Field(50.0, ge=0, le=1000, description="Pause per step while a chat is generating.")
     query_pause_ms: float = Field(
         250.0, ge=0, le=10_000, description="The most that open questions to kernels may hold up one training step."
     )
