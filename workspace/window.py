@@ -178,6 +178,20 @@ class ActiveWindow:
         self.held -= count
         return count
 
+    def fork(self, settings: WindowSettings, *, correction: SummaryCorrection | None = None) -> ActiveWindow:
+        """A window over a copy of the cache, which goes on from here with other settings. Layers must not slide.
+
+        Tensors are shared: neither window ever changes them in place.
+        """
+        if any(layer.is_sliding for layer in self.cache.layers):
+            raise InvalidWorkspace("a cache with sliding layers cannot be forked")
+        twin = ActiveWindow(self._hooked, DynamicCache(config=self._hooked.loaded.model.config), settings)
+        for index, layer in enumerate(self.cache.layers):
+            twin.cache.update(layer.keys, layer.values, index)
+        twin.seen, twin.held, twin.summary, twin.correction = self.seen, self.held, self.summary, correction
+        twin._queries = self._queries.copy()
+        return twin
+
     def check_invariants(self) -> None:
         """Raise ``AssertionError`` if cache, positions and summary contradict each other."""
         assert 0 <= self.held <= self.seen

@@ -295,3 +295,24 @@ def test_eviction_without_recorded_queries_is_refused(llama: HookedModel) -> Non
 def test_settings_out_of_range_are_refused(bad: dict[str, int]) -> None:
     with pytest.raises(InvalidWorkspace):
         WindowSettings(**bad)
+
+
+def test_a_fork_goes_its_own_way(llama: HookedModel) -> None:
+    window = make_window(llama, SMALL)
+    feed(llama, window, make_ids(31))
+    before = [layer.keys.clone() for layer in window.cache.layers]
+    twin = window.fork(WindowSettings(chunk_size=12, sinks=2, virtual_tokens=3, block=30, reference_queries=4))
+    twin.evict()
+    twin.check_invariants()
+    assert (twin.held, window.held) == (12, 23)
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(window.cache.layers, before, strict=True))
+    same = window.fork(SMALL)
+    ids = make_ids(40)
+    assert torch.equal(feed(llama, window, ids), feed(llama, same, ids))
+
+
+def test_sliding_layers_cannot_be_forked(tiny_models: dict[str, LoadedModel]) -> None:
+    hooked = HookedModel(tiny_models["gemma3"], (1,))
+    with pytest.raises(InvalidWorkspace, match="sliding"):
+        make_window(hooked, SMALL).fork(SMALL)
+    hooked.remove()
