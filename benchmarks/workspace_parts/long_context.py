@@ -22,6 +22,7 @@ three to one so that it learns the model's weaknesses rather than the genre; abo
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import random
@@ -52,6 +53,7 @@ from benchmarks.kernel_parts.common import (  # noqa: E402
     table,
     tinyshakespeare,
 )
+from benchmarks.workspace_parts.options import Options as WorkspaceOptions  # noqa: E402
 from workspace.compaction import CompactionSettings  # noqa: E402
 from workspace.compaction_training import CorrectionTraining, train_correction  # noqa: E402
 from workspace.context import Context, Segment  # noqa: E402
@@ -241,12 +243,31 @@ def measure(loaded: LoadedModel, samples: Sequence[Tensor], arms: Sequence[Arm],
     for arm in arms:
         if arm in cuts:
             continue
-        begun = time.perf_counter()
         with hooked_on(loaded, arm.layers) as hooked:
             fed = [feed(hooked, ids, arm.settings, correction if arm.corrected else None) for ids in samples]
             _score(hooked, samples, fed, arm, losses)
-        found = sum(losses[arm.name]) / len(samples)
-        print(f"{arm.name}: {found:.4f} ({time.perf_counter() - begun:.0f} s)", file=sys.stderr, flush=True)
+    return losses
+
+
+def in_groups(
+    loaded: LoadedModel, samples: Sequence[Tensor], arms: Sequence[Arm], arguments: argparse.Namespace
+) -> Losses:
+    """``measure`` for eight windows at a time, far apart; goes on from ``--partial`` and keeps it up to date."""
+    groups = max(1, len(samples) // 8)
+    losses: Losses = {}
+    if arguments.partial is not None and arguments.partial.exists():
+        losses = json.loads(arguments.partial.read_text(encoding="utf-8"))
+    done = len(losses.get("full context", []))
+    for group in range(groups):
+        members = samples[group::groups]
+        if done >= sum(len(samples[earlier::groups]) for earlier in range(group + 1)):
+            continue
+        begun = time.perf_counter()
+        for name, values in measure(loaded, members, arms, arguments.weights).items():
+            losses.setdefault(name, []).extend(values)
+        print(f"group {group + 1} of {groups}: {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+        if arguments.partial is not None:
+            arguments.partial.write_text(json.dumps(losses), encoding="utf-8")
     return losses
 
 
@@ -339,6 +360,14 @@ def report(losses: Losses) -> str:
     return "\n\n".join(parts)
 
 
+def run(options: WorkspaceOptions) -> str:
+    """All arms, as a part of ``benchmarks/workspace.py``. Raises MissingData without the model or the text."""
+    loaded = load_model(MODEL, cache_dir=options.cache, dtype="bfloat16")
+    samples = windows(held_out(loaded, Options(data=options.data), "tinyshakespeare"), 4 if options.quick else 48)
+    losses = measure(loaded, samples, ARMS, None)
+    return f"{MODEL} in bfloat16, {len(samples)} windows.\n\n{report(losses)}"
+
+
 def main() -> int:
     arguments = _arguments()
     torch.set_num_threads(1)
@@ -352,13 +381,12 @@ def main() -> int:
     except MissingData as missing:
         print(f"skipped: {missing}")
         return 0
-    begun = time.perf_counter()
     needed = [arm for arm in ARMS if arm.settings.virtual_tokens == 0 and arm.name.endswith("sinks + window")]
     chosen = [arm for arm in ARMS if arm in needed or any(word in arm.name for word in arguments.arms)]
-    losses = measure(loaded, samples, chosen, arguments.weights)
+    losses = in_groups(loaded, samples, chosen, arguments)
     circumstances = (
         f"{MODEL} in {arguments.dtype} on {arguments.text}, torch {torch.__version__}, {platform.machine()}, 1 thread; "
-        f"{len(samples)} windows, bootstrap of 4,000 draws with seed 0, {time.perf_counter() - begun:.0f} s"
+        f"{len(samples)} windows, bootstrap of 4,000 draws with seed 0"
     )
     text = f"# workspace: long context\n\n{circumstances}\n\n{report(losses)}\n"
     print(text)
@@ -378,6 +406,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--arms", type=lambda text: tuple(text.split(",")), default=("",), help="parts of their names")
     parser.add_argument("--weights", type=Path, help="directory of a trained correction; default: the shipped one")
     parser.add_argument("--train", type=Path, metavar="DIRECTORY", help="train a correction and exit")
+    parser.add_argument("--partial", type=Path, metavar="FILE", help="keep losses here and go on from them")
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/workspace")
     return parser.parse_args()
 
