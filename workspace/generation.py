@@ -213,6 +213,8 @@ class Generation:
             if reason != "error":
                 self._publish_held_back()
             self.cache = None
+            if self.context is not None:  # before anybody can see that it is finished: what it keeps is part of the end
+                self.context.ended()
             self._finished = Finished(
                 reason=reason,
                 usage=Usage(len(self.prompt_ids), len(self.token_ids), self._output.reasoning_tokens),
@@ -223,8 +225,6 @@ class Generation:
                 reasoning="".join(self._thoughts),
                 tool_calls=tuple(ToolCall(call[0], "".join(call[1:])) for call in self._calls),
             )
-            if self.context is not None:
-                self.context.ended()
             self._events.put(self._finished)
             self._done.set()
 

@@ -443,3 +443,21 @@ def test_warm_up_and_stats(tiny: LoadedModel, make_engine: MakeEngine) -> None:
 def test_an_impossible_engine_cannot_be_made(options: dict[str, int], tiny: LoadedModel) -> None:
     with pytest.raises(ValueError, match="at least"):
         Engine(tiny, **{"max_active": 1, "max_waiting": 0, "threads": 1, **options})
+
+
+def test_a_context_has_ended_before_the_end_can_be_seen(tiny: LoadedModel, make_engine: MakeEngine) -> None:
+    """What a request keeps must be there when its client is told: a reader does not wait for the last event."""
+
+    class Slow(PassiveContext):
+        done = False
+
+        def ended(self) -> None:
+            time.sleep(0.05)
+            self.done = True
+
+    engine, context = make_engine(tiny), Slow()
+    generation = engine.submit(prompt_of(4), greedy(3, ignore_eos=True), request_context=context)
+    for event in generation.stream(0.001):
+        if isinstance(event, Finished):
+            assert context.done
+    assert generation.finished is not None
