@@ -50,9 +50,9 @@ from benchmarks.kernel_parts.common import (  # noqa: E402
     Options,
     banking77,
     data_folder,
-    table,
     tinyshakespeare,
 )
+from benchmarks.workspace_parts.long_context_report import Losses, report  # noqa: E402
 from benchmarks.workspace_parts.options import Options as WorkspaceOptions  # noqa: E402
 from workspace.compaction import CompactionSettings  # noqa: E402
 from workspace.compaction_training import CorrectionTraining, train_correction  # noqa: E402
@@ -74,8 +74,6 @@ HELD_OUT = 0.1
 DEVELOPMENT = 272_000  # tokens of the training text before its development part
 WHOLE = CONTEXT + TARGETS  # a block that never fills: nothing is evicted before it is asked for
 SELECTED = CompactionSettings(choice="mass", match_mass=False, match_values=False)
-
-Losses = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -250,24 +248,28 @@ def measure(loaded: LoadedModel, samples: Sequence[Tensor], arms: Sequence[Arm],
 
 
 def in_groups(
-    loaded: LoadedModel, samples: Sequence[Tensor], arms: Sequence[Arm], arguments: argparse.Namespace
+    loaded: LoadedModel,
+    samples: Sequence[Tensor],
+    arms: Sequence[Arm],
+    weights: Path | None = None,
+    partial: Path | None = None,
 ) -> Losses:
-    """``measure`` for eight windows at a time, far apart; goes on from ``--partial`` and keeps it up to date."""
+    """``measure`` for eight windows at a time, far apart; goes on from ``partial`` and keeps it up to date."""
     groups = max(1, len(samples) // 8)
     losses: Losses = {}
-    if arguments.partial is not None and arguments.partial.exists():
-        losses = json.loads(arguments.partial.read_text(encoding="utf-8"))
+    if partial is not None and partial.exists():
+        losses = json.loads(partial.read_text(encoding="utf-8"))
     done = len(losses.get("full context", []))
     for group in range(groups):
         members = samples[group::groups]
         if done >= sum(len(samples[earlier::groups]) for earlier in range(group + 1)):
             continue
         begun = time.perf_counter()
-        for name, values in measure(loaded, members, arms, arguments.weights).items():
+        for name, values in measure(loaded, members, arms, weights).items():
             losses.setdefault(name, []).extend(values)
         print(f"group {group + 1} of {groups}: {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
-        if arguments.partial is not None:
-            arguments.partial.write_text(json.dumps(losses), encoding="utf-8")
+        if partial is not None:
+            partial.write_text(json.dumps(losses), encoding="utf-8")
     return losses
 
 
@@ -326,45 +328,11 @@ def hooked_on(loaded: LoadedModel, layers: str) -> Iterator[HookedModel]:
         hooked.remove()
 
 
-def closed(losses: Losses, rows: Sequence[str], window: str, seed: int = 0, draws: int = 4000) -> list[list[str]]:
-    """Table rows: loss, difference to ``window`` and part of the gap closed, with 95 % bootstrap intervals."""
-    full, base = torch.tensor(losses["full context"]), torch.tensor(losses[window])
-    generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(full), (draws, len(full)), generator=generator)
-    gaps = (base - full)[picks].mean(dim=1)
-    lines = []
-    for name in rows:
-        gain = base - torch.tensor(losses[name])
-        gains = gain[picks].mean(dim=1)
-        low, high = (float(gains.quantile(q)) for q in (0.025, 0.975))
-        part_low, part_high = (float((gains / gaps).quantile(q)) for q in (0.025, 0.975))
-        share = float(gain.mean() / (base - full).mean())
-        lines.append(
-            [
-                name,
-                f"{sum(losses[name]) / len(full):.4f}",
-                f"{float(gain.mean()):+.4f} [{low:+.4f}, {high:+.4f}]",
-                f"{share:.0%} [{part_low:.0%}, {part_high:.0%}]",
-            ]
-        )
-    return lines
-
-
-def report(losses: Losses) -> str:
-    """Two tables, one for each way to get there."""
-    parts = []
-    for way in ("cut", "streamed"):
-        rows = ["full context", *(name for name in losses if name.startswith(way))]
-        head = [way, "loss", "better than sinks + window [95 %]", "part of the gap closed [95 %]"]
-        parts.append(table(head, closed(losses, rows, f"{way}: sinks + window")))
-    return "\n\n".join(parts)
-
-
 def run(options: WorkspaceOptions) -> str:
     """All arms, as a part of ``benchmarks/workspace.py``. Raises MissingData without the model or the text."""
     loaded = load_model(MODEL, cache_dir=options.cache, dtype="bfloat16")
     samples = windows(held_out(loaded, Options(data=options.data), "tinyshakespeare"), 4 if options.quick else 48)
-    losses = measure(loaded, samples, ARMS, None)
+    losses = in_groups(loaded, samples, ARMS)
     return f"{MODEL} in bfloat16, {len(samples)} windows.\n\n{report(losses)}"
 
 
@@ -383,7 +351,7 @@ def main() -> int:
         return 0
     needed = [arm for arm in ARMS if arm.settings.virtual_tokens == 0 and arm.name.endswith("sinks + window")]
     chosen = [arm for arm in ARMS if arm in needed or any(word in arm.name for word in arguments.arms)]
-    losses = in_groups(loaded, samples, chosen, arguments)
+    losses = in_groups(loaded, samples, chosen, arguments.weights, arguments.partial)
     circumstances = (
         f"{MODEL} in {arguments.dtype} on {arguments.text}, torch {torch.__version__}, {platform.machine()}, 1 thread; "
         f"{len(samples)} windows, bootstrap of 4,000 draws with seed 0"
