@@ -176,7 +176,7 @@ def held_out_losses(steering: Steering, capture: Capture, *, rows: int, keep: in
         modules = WorkspaceModules(modules.shape, steering.config)
         for texts in blobs.values():
             observe_text(steering.hooked, modules.projector, texts[0].input_ids)
-    arms = ARMS if steering_parts else tuple(arm for arm in ARMS if arm not in ("trained", "other"))
+    arms = ARMS if steering_parts else tuple(arm for arm in ARMS if arm in ("none", "random", "heuristic"))
     return measure(Student(steering.hooked), modules, blobs, config, arms=arms, keeps=(None, keep), seed=seed)
 
 

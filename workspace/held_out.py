@@ -5,6 +5,7 @@ Every text is asked in the same way each time (the broadcast comes at the end of
     none        no virtual tokens, no deltas
     trained     what the modules make of the text's own context
     other       the same made of another text's context of the same kind: what is gained by being trained at all
+    stranger    the same made of the context of another kind of text: what the slots know of the kind
     random      random directions of real lengths, at a bias of 0: what a broken workspace would do
     heuristic   the model's own projections of what the probes saw (``heuristic_kv.py``), at the weights' bias or -2,
                 whichever is less: above that they are known to do harm
@@ -35,7 +36,7 @@ from workspace.training_data import Batch, assemble, fixed_rows, of_split
 from workspace.training_forward import DeltaMaker, Segments, Student, segments_of, slots_after
 from workspace.training_losses import row_means, token_losses
 
-Arm = Literal["none", "trained", "other", "random", "heuristic"]
+Arm = Literal["none", "trained", "other", "stranger", "random", "heuristic"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
 _HEURISTIC_BIAS = -2.0
 
@@ -89,17 +90,22 @@ def measure(
     plain = config.model_copy(
         update={"losses": config.losses.model_copy(update={"distillation": 0.0, "controller": 0.0})}
     )
-    for kind, texts in blobs.items():
+    kinds = list(blobs)
+    for number, (kind, texts) in enumerate(blobs.items()):
+        strange = blobs[kinds[(number + 1) % len(kinds)]]
         for keep in keeps:
             rows: dict[Arm, list[float]] = {arm: [] for arm in arms}
             for start in range(0, len(texts), config.rows):
                 piece = texts[start : start + config.rows]
                 batch = assemble(piece, fixed_rows(piece, keep), plain)
-                # The next text of this kind; where there is only one, the arm equals "trained".
-                others = [texts[(start + place + 1) % len(texts)] for place in range(len(piece))]
-                other = assemble(others, fixed_rows(others, keep), plain)
+                # Where there is only one text of a kind, or one kind, the arms equal "trained" and "other".
+                seen: dict[Arm, Batch] = {"trained": batch}
+                sources: dict[Arm, Sequence[Blob]] = {"other": texts, "stranger": strange}
+                for arm, source in sources.items():
+                    chosen = [source[(start + place + 1) % len(source)] for place in range(len(piece))]
+                    seen[arm] = assemble(chosen, fixed_rows(chosen, keep), plain)
                 for arm, losses in rows.items():
-                    logits = _logits(student, modules, batch, other, config, arm, piece, seed + start)
+                    logits = _logits(student, modules, batch, seen.get(arm, batch), config, arm, piece, seed + start)
                     mask = batch.target_mask.to(logits.device)
                     losses += row_means(token_losses(logits, batch.target_ids).to(mask.device), mask).tolist()
             found += [ArmLoss(kind, keep, arm, tuple(losses)) for arm, losses in rows.items()]
@@ -110,7 +116,7 @@ def _logits(
     student: Student,
     modules: WorkspaceModules,
     batch: Batch,
-    other: Batch,
+    seen: Batch,
     config: TrainingConfig,
     arm: Arm,
     blobs: Sequence[Blob],
@@ -125,7 +131,6 @@ def _logits(
         return student.logits(batch, segments_of(layers, batch.births, dtype), {})
     if arm == "heuristic":
         return student.logits(batch, _heuristic(hooked, modules, blobs, batch.births), {})
-    seen = batch if arm == "trained" else other
     slots = slots_after(modules, seen.updates)
     broadcast, static = steered(modules, slots, batch.births, dtype, config.parts)
     deltas = DeltaMaker(modules, slots, config.delta_rounds) if "residual_delta" in config.parts else None

@@ -124,7 +124,7 @@ def test_evaluation_shows_off_beside_on(place: Path, manifest: Path, state: Path
     assert code == 0, told
     assert "trained: virtual_kv, residual_delta" in told
     value = json.loads(path.read_text())
-    assert {item["arm"] for item in value["losses"]} == {"none", "trained", "other", "random", "heuristic"}
+    assert {item["arm"] for item in value["losses"]} == {"none", "trained", "other", "stranger", "random", "heuristic"}
     code, told = run(place, *arguments, config="other.yaml")
     assert code == 1
     assert "virtual_tokens is 8, the weights have 4" in told

@@ -223,7 +223,7 @@ def test_with_weights_all_arms_are_there(tiny: LoadedModel, capture: Capture, tm
     finally:
         steering.close()
     assert report.trained == RECIPE.parts
-    assert {item.arm for item in report.losses} == {"none", "trained", "other", "random", "heuristic"}
+    assert {item.arm for item in report.losses} == {"none", "trained", "other", "stranger", "random", "heuristic"}
     assert (report.speed, report.tools) == (None, None)
     trained = result.metrics["held_out"]["fox"]["whole"]
     again = {item.arm: item for item in report.losses if (item.kind, item.keep) == ("fox", None)}
