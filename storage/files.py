@@ -96,6 +96,22 @@ def _whole_lines(handle: IO[bytes]) -> int:
 
 
 @contextlib.contextmanager
+def publish_file(final: Path) -> Iterator[Path]:
+    """Yield a path to write to, for writers that stream; on success it becomes ``final``, on error it vanishes."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(final)
+    try:
+        yield partial
+        with open(partial, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(partial, final)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    fsync_directory(final.parent)
+
+
+@contextlib.contextmanager
 def publish_directory(final: Path) -> Iterator[Path]:
     """Yield a directory to fill; on success it appears whole as ``final``, on error it vanishes.
 

@@ -134,3 +134,15 @@ def test_lines_are_added_whole_and_a_torn_one_is_cut_off(tmp_path: Path) -> None
     (tmp_path / "torn").write_bytes(b"never whole")
     files.append_line(tmp_path / "torn", "one")
     assert (tmp_path / "torn").read_text() == "one\n"
+
+
+def test_a_streamed_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    final = tmp_path / "new" / "file"
+    with files.publish_file(final) as partial:
+        partial.write_text("first")
+        assert not final.exists()
+    with pytest.raises(RuntimeError, match="half way"), files.publish_file(final) as partial:
+        partial.write_text("sec")
+        raise RuntimeError("half way")
+    assert final.read_text() == "first"
+    assert list(final.parent.iterdir()) == [final]
