@@ -26,6 +26,7 @@ from workspace.forward import CompileOptions, Forward, StepContext
 from workspace.generation import Generation
 from workspace.harmony_output import choose_output
 from workspace.models import LoadedModel
+from workspace.prefix import KVPrefix, fit_prefix
 from workspace.prompting import Prompting
 from workspace.sampling import Sampler, SamplingParams
 from workspace.stepping import advance
@@ -133,14 +134,22 @@ class Engine:
     # Requests.
 
     def render(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, **template_kwargs: Any
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        after_prefix: bool = False,
+        **template_kwargs: Any,
     ) -> list[int]:
-        """Prompt ids for a conversation, by the model's chat template. Raises ``InvalidPrompt``."""
-        return self._prompting.render(messages, tools, **template_kwargs)
+        """Prompt ids for a conversation, by the model's chat template. Raises ``InvalidPrompt``.
 
-    def encode(self, text: str) -> list[int]:
+        ``after_prefix``: the conversation follows a prefix, so it begins no sequence.
+        """
+        return self._prompting.render(messages, tools, after_prefix=after_prefix, **template_kwargs)
+
+    def encode(self, text: str, *, after_prefix: bool = False) -> list[int]:
         """Prompt ids for plain text, with the tokenizer's own beginning-of-sequence token if it has one."""
-        return self._prompting.encode(text)
+        return self._prompting.encode(text, after_prefix=after_prefix)
 
     def submit(
         self,
@@ -150,17 +159,24 @@ class Engine:
         tools: Sequence[Mapping[str, Any]] | None = None,
         reasoning_effort: str | None = None,
         request_context: StepContext | None = None,
+        prefix: KVPrefix | None = None,
     ) -> Generation:
         """Queue a request; ``prompt`` is token ids or messages. Returns at once.
 
-        ``tools`` and ``reasoning_effort`` (of models that know it) go into the prompt with messages.
+        ``tools`` and ``reasoning_effort`` (of models that know it) go into the prompt with messages. ``prefix`` takes
+        the first positions: the text starts after its slots, and messages are rendered without a beginning of sequence.
         Generates at most ``params.max_tokens``, less where the context ends first (reason "length" either way).
-        Raises ``PromptTooLong``, ``InvalidPrompt``, ``EngineBusy`` or ``EngineStopped``.
+        Raises ``PromptTooLong``, ``InvalidPrompt``, ``PrefixMismatch``, ``EngineBusy`` or ``EngineStopped``.
         """
-        prompt_ids, params = self._prompting.prepare(prompt, params, tools=tools, reasoning_effort=reasoning_effort)
-        room = self.loaded.context_length - len(prompt_ids)
+        if prefix is not None:
+            prefix = fit_prefix(self.loaded, prefix)
+        prompt_ids, params = self._prompting.prepare(
+            prompt, params, tools=tools, reasoning_effort=reasoning_effort, after_prefix=prefix is not None
+        )
+        slots = 0 if prefix is None else prefix.slots
+        room = self.loaded.context_length - slots - len(prompt_ids)
         if room < 1:
-            raise PromptTooLong(len(prompt_ids), self.loaded.context_length)
+            raise PromptTooLong(len(prompt_ids), self.loaded.context_length, slots)
         generation = Generation(
             prompt_ids,
             params,
@@ -168,6 +184,7 @@ class Engine:
             sampler=Sampler(params, prompt_ids),
             output=choose_output(self.loaded, prompt_ids, tools),
             context=request_context,
+            prefix=prefix,
         )
         with self._changed:
             if self._worker is None or self._stopping:

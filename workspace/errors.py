@@ -10,6 +10,7 @@ WorkspaceError
  |    |-- InvalidSampling       a sampling parameter is out of range
  |    |-- InvalidPrompt         the messages or token ids cannot be turned into a prompt
  |    |-- PromptTooLong         the prompt leaves no room in the context
+ |    |-- PrefixMismatch        a prefix of keys and values (a cartridge) is not of this model's shape
  |    `-- InvalidWorkspace      virtual tokens, deltas or layers do not fit the model or each other
  |-- StoreError             the store of virtual tokens cannot do what it was asked
  |    |-- InvalidSegment        what is to be written is not virtual tokens of this model
@@ -96,12 +97,19 @@ class PromptTooLong(RequestError):
 
     param = "messages"
 
-    def __init__(self, prompt_tokens: int, context_length: int):
+    def __init__(self, prompt_tokens: int, context_length: int, cartridge_slots: int = 0):
         self.prompt_tokens, self.context_length = prompt_tokens, context_length
+        before = f" after {cartridge_slots} slots of cartridges" if cartridge_slots else ""
         super().__init__(
-            f"the prompt has {prompt_tokens} tokens, but the model's context holds {context_length} "
+            f"the prompt has {prompt_tokens} tokens{before}, but the model's context holds {context_length} "
             "with at least one of them for the answer; shorten the messages"
         )
+
+
+class PrefixMismatch(RequestError):
+    """A prefix of keys and values that is not of this model's shape; the message has both shapes."""
+
+    param = "cartridges"
 
 
 class StoreError(WorkspaceError):

@@ -228,7 +228,7 @@ class _Carrying(PassiveContext):
 
     def begin(self, cache: DynamicCache, prompt_ids: Sequence[int]) -> None:
         """Their birth is the end of the prompt."""
-        self._segments = self._steering.as_segments(self._layers, born=len(prompt_ids))
+        self._segments = self._steering.as_segments(self._layers, born=int(cache.get_seq_length()) + len(prompt_ids))
 
     def forward_kwargs(self, start: int, count: int) -> Mapping[str, Any]:
         """The same in every pass."""

@@ -24,7 +24,7 @@ class StepContext(Protocol):
     """
 
     def begin(self, cache: Cache, prompt_ids: Sequence[int]) -> None:
-        """The generation's cache was made and is empty."""
+        """The cache was made. It is empty or holds the slots of a prefix: its length is where the text starts."""
 
     #: The most tokens that one forward pass may feed, from ``begin`` on; None: as many as the engine likes.
     most_tokens: int | None

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from transformers import Cache
 
 from workspace.channels import Channel, Output, OutputParser, ToolCall, ToolCallDelta
+from workspace.prefix import KVPrefix
 from workspace.sampling import SampledToken, Sampler, SamplingParams, TokenLogprob
 from workspace.text import StopMatcher
 
@@ -49,12 +50,14 @@ class TokenChunk:
 class Usage:
     """Token counts. The answer's count includes reasoning and the token that ended it, as OpenAI counts.
 
-    ``reasoning_tokens`` is None for models whose output has no reasoning channel.
+    ``reasoning_tokens`` is None for models whose output has no reasoning channel. ``cartridge_slots`` were attended
+    beside the prompt's tokens, which do not include them.
     """
 
     prompt_tokens: int
     completion_tokens: int
     reasoning_tokens: int | None = None
+    cartridge_slots: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,8 @@ class Timings:
 class Finished:
     """The last event. ``text`` equals the joined texts of all chunks; ``error`` says what failed, if it did.
 
-    The same holds for ``reasoning`` and, call by call, for ``tool_calls``.
+    The same holds for ``reasoning`` and, call by call, for ``tool_calls``. ``ending`` is the end-of-sequence token with
+    its log-probabilities, where one ended it: the last of ``token_ids``, and in no chunk.
     """
 
     reason: FinishReason
@@ -84,6 +88,7 @@ class Finished:
     error: str | None = None
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    ending: SampledToken | None = None
 
 
 Event = TokenChunk | Finished
@@ -101,20 +106,22 @@ class Generation:
         sampler: Sampler,
         output: OutputParser,
         context: StepContext | None = None,
+        prefix: KVPrefix | None = None,
     ):
         self.id = next(_numbers)
         self.prompt_ids = prompt_ids
         self.params = params
         self.limit = limit  #: most tokens to generate: the request's wish, or what the context has left
         self.context = context
+        self.prefix = prefix  #: fills the cache before the prompt; shared with others and never changed
         # Touched by the engine's thread only.
         self.cache: Cache | None = None
-        self.position = 0  #: tokens in the cache
+        self.position = 0  #: tokens of the text in the cache, without the prefix's slots
         self.token_ids: list[int] = []
         self.sampler = sampler
         self._output = output
         self._stops = StopMatcher(params.stop)  # they stand for the answer's text only
-        self._ended_by: int | None = None
+        self._ended_by: SampledToken | None = None
         self._pieces: list[str] = []
         self._thoughts: list[str] = []
         self._calls: list[list[str]] = []  # of each tool call its name, and its arguments in pieces
@@ -175,6 +182,11 @@ class Generation:
         """True when the whole prompt is in the cache and each further step yields a token."""
         return self.position >= len(self.prompt_ids)
 
+    @property
+    def slots(self) -> int:
+        """Slots of the prefix: the position of the first token of the prompt."""
+        return 0 if self.prefix is None else self.prefix.slots
+
     # What the engine uses.
 
     def admit(self) -> None:
@@ -195,7 +207,7 @@ class Generation:
         token = sampled.token_id
         self.token_ids.append(token)
         if token in self.params.stop_ids or (token in eos_ids and not self.params.ignore_eos):
-            self._ended_by = token
+            self._ended_by = sampled
             self.finish("stop")
             return
         output = self._output.push(token)
@@ -217,13 +229,14 @@ class Generation:
                 self.context.ended()
             self._finished = Finished(
                 reason=reason,
-                usage=Usage(len(self.prompt_ids), len(self.token_ids), self._output.reasoning_tokens),
+                usage=Usage(len(self.prompt_ids), len(self.token_ids), self._output.reasoning_tokens, self.slots),
                 text="".join(self._pieces),
                 token_ids=tuple(self.token_ids),
                 timings=self._timings(),
                 error=error,
                 reasoning="".join(self._thoughts),
                 tool_calls=tuple(ToolCall(call[0], "".join(call[1:])) for call in self._calls),
+                ending=self._ended_by,
             )
             self._events.put(self._finished)
             self._done.set()
@@ -240,7 +253,7 @@ class Generation:
 
     def _publish_held_back(self) -> None:
         """Give out what the parser and the stop matcher kept; nothing after a match."""
-        output = self._output.flush(self._ended_by)
+        output = self._output.flush(None if self._ended_by is None else self._ended_by.token_id)
         text = self._stops.push(output.content) + self._stops.flush()
         if text or output.reasoning or output.tool_calls:
             self._publish(output, text)

@@ -69,7 +69,7 @@ class WorkspaceRun(PassiveContext):
         self._tokens: list[int] = []
         self._since_update = 0
         self._position = 0  # of the next token
-        self._prompt = 0
+        self._prompt = 0  # where it ends
         self._ended = False
 
     def recollect(self) -> Sequence[Recollection]:
@@ -87,10 +87,15 @@ class WorkspaceRun(PassiveContext):
 
     def begin(self, cache: Cache, prompt_ids: Sequence[int]) -> None:
         """Take what the session holds, once: what other requests write meanwhile does not change this answer."""
-        self._prompt = len(prompt_ids)
+        self._position = int(cache.get_seq_length())  # after the slots of a prefix
+        self._prompt = self._position + len(prompt_ids)
         if self._config.chunk_size and isinstance(cache, DynamicCache):  # the configuration excludes static ones
             self._window = ActiveWindow(
-                self._steering.hooked, cache, self._steering.window_settings, correction=self._steering.correction
+                self._steering.hooked,
+                cache,
+                self._steering.window_settings,
+                correction=self._steering.correction,
+                prefix=self._position,
             )
             self.most_tokens = self._window.settings.block
         if self._toggles.virtual_kv:

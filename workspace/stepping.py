@@ -20,7 +20,9 @@ def advance(generation: Generation, forward: Forward, *, eos_ids: frozenset[int]
         return
     context = generation.context
     if generation.cache is None:
-        generation.cache = forward.new_cache(len(generation.prompt_ids) + generation.limit)
+        generation.cache = forward.new_cache(generation.slots + len(generation.prompt_ids) + generation.limit)
+        if generation.prefix is not None:
+            generation.prefix.fill(generation.cache)
         if context is not None:
             context.begin(generation.cache, generation.prompt_ids)
     if generation.prefilled:
@@ -39,12 +41,13 @@ def advance(generation: Generation, forward: Forward, *, eos_ids: frozenset[int]
 
 def _feed(generation: Generation, forward: Forward, token_ids: list[int]) -> torch.Tensor:
     """Run the model on ``token_ids`` after what is cached; logits of the last one [V]."""
-    cache, context, start = generation.cache, generation.context, generation.position
+    cache, context = generation.cache, generation.context
+    start = generation.slots + generation.position  # a prefix owns the positions before
     assert cache is not None
     if context is None:
         logits = forward(token_ids, cache, start, {})
     else:
         logits = forward(token_ids, cache, start, context.forward_kwargs(start, len(token_ids)))
         context.fed(start, len(token_ids))
-    generation.position = start + len(token_ids)
+    generation.position += len(token_ids)
     return logits

@@ -6,6 +6,8 @@ on the hooked layers it is compacted together with the virtual tokens of before 
 key-value head (``compaction.py``). So the cache holds between ``chunk_size`` and ``chunk_size + block`` tokens, and a
 sequence of any length costs constant memory and time per token. Sliding layers forget by themselves and are left alone.
 
+A prefix that the cache holds from the beginning (``prefix.py``) stays as the sinks do, outside of ``chunk_size``.
+
 One sequence, one ``ActiveWindow``, beside its ``DynamicCache``. For every forward pass::
 
     for first, count in window.pieces(total):                    # a prompt in blocks, or one token
@@ -95,11 +97,13 @@ class ActiveWindow:
         settings: WindowSettings | None = None,
         *,
         correction: SummaryCorrection | None = None,
+        prefix: int = 0,
     ):
         self.settings = settings or WindowSettings()
         self.cache = cache
-        self.seen = 0  #: tokens fed so far: the position of the next one
-        self.held = 0  #: tokens in the cache of every full-attention layer
+        self.prefix = prefix  #: slots that the cache holds already and that are never evicted
+        self.seen = self.prefix  #: the position of the next token: slots of the prefix and tokens fed so far
+        self.held = self.prefix  #: slots and tokens in the cache of every full-attention layer
         self.summary: Summary | None = None
         self.correction = correction
         self._hooked = hooked
@@ -115,8 +119,11 @@ class ActiveWindow:
                 f"the correction is for layers {', '.join(map(str, correction.layers))}, but hooked are "
                 f"{', '.join(map(str, hooked.layers))}"
             )
-        if cache.get_seq_length() != 0:
-            raise InvalidWorkspace("a window must watch its cache from the first token on, but the cache is not empty")
+        if cache.get_seq_length() != prefix:
+            raise InvalidWorkspace(
+                f"a window must watch its cache from the first token on, but the cache is not empty: it holds "
+                f"{cache.get_seq_length()}, the prefix has {prefix} slots"
+            )
 
     def pieces(self, total: int) -> Iterator[tuple[int, int]]:
         """(position of the first, count) of the forward passes that take the sequence from ``seen`` to ``total``."""
@@ -125,7 +132,7 @@ class ActiveWindow:
 
     def recorder(self, count: int = 1) -> Recorder | None:
         """A recorder for the next pass of ``count`` tokens; None while decoding where an eviction is far."""
-        left = self.settings.chunk_size + self.settings.block - self.held - count  # tokens until the next eviction
+        left = self._most - self.held - count  # tokens until the next eviction
         if self.settings.virtual_tokens == 0 or (count == 1 and left >= self.settings.reference_queries):
             return None
         return Recorder(self._layers, queries=True)
@@ -157,7 +164,7 @@ class ActiveWindow:
             self._queries.append((count, {layer: recorder.queries[layer].detach() for layer in self._layers}))
             while sum(tokens for tokens, _ in self._queries) - self._queries[0][0] >= self.settings.reference_queries:
                 self._queries.popleft()
-        return self.evict() if self.held >= self.settings.chunk_size + self.settings.block else 0
+        return self.evict() if self.held >= self._most else 0
 
     @torch.no_grad()
     def evict(self, probes: Mapping[int, Tensor] | None = None) -> int:
@@ -165,10 +172,11 @@ class ActiveWindow:
 
         ``probes[layer]`` [1, H * G, Q, D], in content space, are further reference queries.
         """
-        count = self.held - self.settings.chunk_size
+        count = self.held - self.prefix - self.settings.chunk_size
         if count <= 0:
             return 0
-        sinks, first_kept = self.settings.sinks, self.settings.sinks + count
+        sinks = self.prefix + self.settings.sinks
+        first_kept = sinks + count
         if self.settings.virtual_tokens:
             self.summary = self._compacted(sinks, first_kept, probes)
             self._segments = {}
@@ -189,13 +197,14 @@ class ActiveWindow:
         for index, layer in enumerate(self.cache.layers):
             twin.cache.update(layer.keys, layer.values, index)
         twin.seen, twin.held, twin.summary, twin.correction = self.seen, self.held, self.summary, correction
+        twin.prefix = self.prefix
         twin._queries = self._queries.copy()
         return twin
 
     def check_invariants(self) -> None:
         """Raise ``AssertionError`` if cache, positions and summary contradict each other."""
-        assert 0 <= self.held <= self.seen
-        assert self.held < self.settings.chunk_size + self.settings.block
+        assert 0 <= self.prefix <= self.held <= self.seen
+        assert self.held < self._most
         assert all(layer.get_seq_length() == self.held for layer in self._full_layers() if self.seen)
         gone = self.seen - self.held
         if self.summary is None:
@@ -273,6 +282,11 @@ class ActiveWindow:
 
     def _at(self, content: Tensor, position: int) -> Tensor:
         return self._rope.rotate(content, torch.tensor([[position]], device=content.device))
+
+    @property
+    def _most(self) -> int:
+        """Slots and tokens in the cache at which a block is evicted."""
+        return self.prefix + self.settings.chunk_size + self.settings.block
 
     @property
     def _scaling(self) -> float:
