@@ -53,7 +53,7 @@ class StrategyConfig(_Section):
     success_share: float = Field(0.25, ge=0, le=1, description="Share of successes that failure focus keeps.")
     shuffle: bool = Field(False, description="Show the memory in random order, so that order is not learned.")
     mixture: dict[StrategyName, float] = Field(
-        default_factory=lambda: {"full_memory": 0.5, "random_subset": 0.25, "rolling_window": 0.25},
+        {"full_memory": 0.5, "random_subset": 0.25, "rolling_window": 0.25},
         description="Shares of the samples by strategy, for mixed.",
     )
 
@@ -102,7 +102,7 @@ class RedactionConfig(_Section):
     enabled: bool = Field(True, description="False trains on the texts as they are.")
     kinds: tuple[RedactionKind, ...] = Field(REDACTION_KINDS, description="Built-in kinds that are looked for.")
     patterns: dict[str, str] = Field(
-        default_factory=dict, description="Further ones: name to regular expression, e.g. {employee: 'E-[0-9]{6}'}."
+        {}, description="Further ones: name to regular expression, e.g. {employee: 'E-[0-9]{6}'}."
     )
 
     @field_validator("patterns")
