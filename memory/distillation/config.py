@@ -176,10 +176,14 @@ class TrainingConfig(_Section):
     frozen: int = Field(1, ge=1, description="First slots that stay as they are; without one, other skills suffer.")
     learning_rate: float = Field(1e-2, gt=0, le=1, description="Adam's, after the warm-up.")
     warmup_steps: int = Field(10, ge=0, description="Steps in which the learning rate rises.")
+    clip_norm: float = Field(1.0, gt=0, description="Longest gradient.")
     max_steps: int = Field(200, ge=1, description="Optimizer steps at most.")
     epochs: int | None = Field(None, ge=1, description="Ends training earlier, after so many passes over the rows.")
     rows: int = Field(16, ge=1, le=512, description="Rows of a step.")
     top_k: int = Field(20, ge=1, description="Candidates of the teacher that count at each position.")
+    loss: Literal["kl", "upstream"] = Field(
+        "kl", description="kl: mean over positions, the rest as one token; upstream: cross-entropy, mean over candidates."
+    )
     gold_weight: float = Field(1.0, ge=0, description="Of the loss on answers known to be right.")
     failure_weight: float = Field(
         2.0, gt=0, description="metadata.weight of rows whose experience went wrong; data generation writes it."

@@ -10,6 +10,12 @@ DistillationError
  |    |-- JournalMismatch       the journal of an interrupted run belongs to other settings or another history
  |    |-- TeacherUnavailable    the teacher did not answer in as many attempts as allowed; what was made is kept
  |    `-- TeacherRefused        the teacher can answer no request of this kind (no log-probabilities, unknown model)
+ |-- TrainerError           a cartridge cannot be trained, or training cannot go on; what was saved before is whole
+ |    |-- TrainerDiverged       a loss or a gradient is not finite; the message names the rows
+ |    |-- TrainerDiskFull       a checkpoint does not fit on the disk
+ |    |-- CheckpointUnusable    checkpoints lie there, but damaged, or of another model, recipe or dataset
+ |    `-- BackendMissing        the optional training library is not installed, or cannot train this model
+ |-- EvaluationError        a candidate cannot be compared with anything
  |-- RunError               a run in the database cannot do that (``runs.py``): not found, in progress, lease lost
  `-- ExportError            a dataset or a cartridge cannot be given to somebody else
       `-- ExporterMissing       the optional library or its credentials are not there
@@ -63,6 +69,30 @@ class TeacherUnavailable(GenerationError):
 
 class TeacherRefused(GenerationError):
     """The teacher answered that it cannot do this at all; asking again would change nothing."""
+
+
+class TrainerError(DistillationError):
+    """A cartridge cannot be trained, or training cannot go on. Checkpoints that were written before are whole."""
+
+
+class TrainerDiverged(TrainerError):
+    """A loss or a gradient is NaN or infinite. The prefix is as it was before the step; the message names its rows."""
+
+
+class TrainerDiskFull(TrainerError):
+    """A checkpoint does not fit on the disk. Free some space and start again: the run goes on from the last one."""
+
+
+class CheckpointUnusable(TrainerError):
+    """Checkpoints lie in the folder that cannot be gone on from: damaged, or of another run. Use another folder."""
+
+
+class BackendMissing(TrainerError):
+    """An optional training library is not installed, or does not know this kind of model."""
+
+
+class EvaluationError(DistillationError, ValueError):
+    """The questions, arms or answers to be compared do not fit together."""
 
 
 class ExportError(DistillationError):
