@@ -4,7 +4,9 @@ Everything that learns reads from here by increasing id: experience buffers, the
 Nobody keeps a second truth. An exchange is one row, written in one transaction before its request is acknowledged
 as finished, so ``kill -9`` can lose an answer in flight but never one that the client saw end.
 
-Deleting sets a tombstone: the row's text is blanked at once, its id stays so that cursors do not move.
+Deleting sets a tombstone: the row's text is blanked at once, its id stays so that cursors do not move. What was
+derived from the text and lies in the same database (``episodic_vectors``) goes in the same transaction. A correction is
+a new experience and the tombstone of the old one.
 Not here: what an experience teaches (``olympus``), how it is recalled (episodic memory).
 """
 
@@ -21,11 +23,12 @@ import sqlalchemy as sa
 from sqlalchemy import orm
 
 from storage.database import Database
-from storage.models import AuditEvent, Experience, Session
+from storage.models import AuditEvent, EpisodicVector, Experience, Session
 
 EntryType = Literal["Observation", "Action", "Feedback"]
 _PAGE = 500
 Listener = Callable[[list["Record"]], None]
+ChangeListener = Callable[[Sequence[int]], None]
 
 
 class HistoryError(ValueError):
@@ -105,12 +108,21 @@ class History:
     def __init__(self, database: Database):
         self._database = database
         self._listeners: list[Listener] = []
+        self._change_listeners: list[ChangeListener] = []
         self._listeners_lock = threading.Lock()
 
     def subscribe(self, listener: Listener) -> None:
         """Call ``listener(records)`` after each commit, in the writer's thread: it must return at once."""
         with self._listeners_lock:
             self._listeners.append(listener)
+
+    def subscribe_changes(self, listener: ChangeListener) -> None:
+        """Call ``listener(ids)`` after records were judged or deleted, before the caller hears that they were.
+
+        In the writer's thread: it must return at once. ``verdicts`` says what became of them.
+        """
+        with self._listeners_lock:
+            self._change_listeners.append(listener)
 
     def append(self, items: Sequence[NewExperience]) -> list[Record]:
         """Write ``items`` in one transaction and return them stored, in order.
@@ -132,9 +144,7 @@ class History:
                     self._touch_session(session, item, row.created_at)
                     fresh.append(_record(row))
                 stored.append(_record(row))
-        if fresh:
-            for listener in self._snapshot():
-                listener(fresh)
+        self._tell_new(fresh)
         return stored
 
     def page(
@@ -222,7 +232,54 @@ class History:
             if row is None or row.deleted_at is not None:
                 return None
             row.feedback, row.score = feedback, score
-            return _record(row)
+            record = _record(row)
+        self._tell_changed([experience_id])
+        return record
+
+    def correct(
+        self,
+        experience_id: int,
+        *,
+        observation: str | None = None,
+        action: str | None = None,
+        feedback: str | None = None,
+        score: float | None = 1.0,
+        actor: str = "local",
+    ) -> Record | None:
+        """Put a new experience with what is given here in a record's place, and forget the old one, in one transaction.
+
+        What is not given stays. ``meta["corrects"]`` of the new one names the old one. Who corrects knows how it
+        is right, so that it counts as confirmed (``score``). None when there is no such record; raises ``HistoryError``
+        when nothing would be different.
+        """
+        with self._database.write(ordered=True) as session:
+            old = session.get(Experience, experience_id)
+            if old is None or old.deleted_at is not None:
+                return None
+            item = NewExperience(
+                observation=old.observation if observation is None else observation,
+                action=old.action if action is None else action,
+                domain=old.domain,
+                source="correction",
+                feedback=feedback,
+                score=score,
+                session_id=old.session_id,
+                episode_id=old.episode_id,
+                messages=old.messages if observation in (None, old.observation) else None,  # they end with it
+                meta={**old.meta, "corrects": old.id},
+            )
+            if (item.observation, item.action) == (old.observation, old.action):
+                raise HistoryError("a correction changes the observation or the action; to judge them, give feedback")
+            row = _row(item)
+            session.add(row)
+            session.flush()
+            _forget(session, [Experience.id == experience_id])
+            detail = {"id": experience_id, "by": row.id}
+            session.add(AuditEvent(actor=actor, action="history.correct", target="experiences", detail=detail))
+            record = _record(row)
+        self._tell_changed([experience_id])
+        self._tell_new([record])
+        return record
 
     def sessions_of(
         self, *, experience_id: int | None = None, session_id: str | None = None, domain: str | None = None
@@ -252,16 +309,14 @@ class History:
         filters = [column == value for column, value in given.items() if value is not None]
         if not filters:
             raise HistoryError("say what to delete: an id, a session, or a domain")
-        blank: dict[str, Any] = {"observation": "", "action": "", "feedback": None, "messages": None, "meta": {}}
-        statement = sa.update(Experience).where(*filters, Experience.deleted_at.is_(None))
         with self._database.write() as session:
-            result = session.execute(statement.values(deleted_at=time.time(), **blank))
-            count = int(getattr(result, "rowcount", 0))
-            if count:
+            ids = _forget(session, filters)
+            if ids:
                 named = {column.key: value for column, value in given.items() if value is not None}
-                detail = {**named, "count": count}
+                detail = {**named, "count": len(ids)}
                 session.add(AuditEvent(actor=actor, action="history.delete", target="experiences", detail=detail))
-            return count
+        self._tell_changed(ids)
+        return len(ids)
 
     def sessions(self, limit: int = 100) -> list[dict[str, Any]]:
         """The conversations, most recently used first, as plain dicts."""
@@ -276,9 +331,17 @@ class History:
         with self._database.read() as session:
             return [_record(row) for row in session.scalars(query)]
 
-    def _snapshot(self) -> list[Listener]:
+    def _tell_new(self, records: list[Record]) -> None:
         with self._listeners_lock:
-            return list(self._listeners)
+            listeners = list(self._listeners)
+        for listener in listeners if records else ():
+            listener(records)
+
+    def _tell_changed(self, ids: Sequence[int]) -> None:
+        with self._listeners_lock:
+            listeners = list(self._change_listeners)
+        for listener in listeners if ids else ():
+            listener(ids)
 
     @staticmethod
     def _known(session: orm.Session, request_ids: list[str]) -> dict[str, Experience]:
@@ -312,6 +375,18 @@ def _filtered(query: Any, domain: str | None, session_id: str | None, include_de
     if session_id is not None:
         query = query.where(Experience.session_id == session_id)
     return query if include_deleted else query.where(Experience.deleted_at.is_(None))
+
+
+def _forget(session: orm.Session, filters: Sequence[Any]) -> list[int]:
+    """Set the tombstones of what matches, blank the texts, remove what was derived from them; returns their ids."""
+    now = time.time()
+    living, doomed = [*filters, Experience.deleted_at.is_(None)], [*filters, Experience.deleted_at == now]
+    blank: dict[str, Any] = {"observation": "", "action": "", "feedback": None, "messages": None, "meta": {}}
+    session.execute(sa.update(Experience).where(*living).values(deleted_at=now, **blank))
+    # The rows are locked from here on: on PostgreSQL, too, nobody can derive anything from them any more.
+    chosen = sa.select(Experience.id).where(*doomed)
+    session.execute(sa.delete(EpisodicVector).where(EpisodicVector.experience_id.in_(chosen)))
+    return list(session.scalars(chosen))
 
 
 def _row(item: NewExperience) -> Experience:

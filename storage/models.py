@@ -169,6 +169,21 @@ class LatentSession(Base):
     updated_at: Mapped[float] = mapped_column(Float, default=time.time, index=True)
 
 
+class EpisodicVector(Base):
+    """What an experience means, as one embedding model sees it; see ``memory.episodic_store``.
+
+    It goes in the transaction that sets the experience's tombstone.
+    """
+
+    __tablename__ = "episodic_vectors"
+
+    embedding: Mapped[str] = mapped_column(String(96), primary_key=True)  # which model, and which version of it
+    experience_id: Mapped[int] = mapped_column(
+        ForeignKey("experiences.id", ondelete="CASCADE"), primary_key=True, index=True, autoincrement=False
+    )
+    vector: Mapped[bytes] = mapped_column(LargeBinary)  # float32, little-endian, of length 1
+
+
 class Cartridge(Base):
     """A trained KV prefix and where it came from."""
 

@@ -121,3 +121,56 @@ def test_domains_are_counted_without_what_was_deleted(history: History) -> None:
     history.delete(experience_id=2)
     history.delete(domain="maths")
     assert history.domains() == {"general": (1, 1)}
+
+
+def test_a_correction_takes_the_place_of_what_it_corrects(history: History) -> None:
+    told: list[tuple[str, list[int]]] = []
+    old = history.append(
+        [
+            NewExperience(
+                "capital of France?", "Lyon", "general", "chat", session_id="s", messages=[{"a": 1}], meta={"n": 1}
+            )
+        ]
+    )[0]
+    history.subscribe(lambda records: told.append(("new", [record.id for record in records])))
+    history.subscribe_changes(lambda ids: told.append(("changed", list(ids))))
+    new = history.correct(old.id, action="Paris", feedback="it is the capital", actor="key-1")
+    assert new is not None
+    assert (new.observation, new.action, new.feedback, new.score) == (
+        old.observation,
+        "Paris",
+        "it is the capital",
+        1.0,
+    )
+    assert (new.session_id, new.messages, new.source) == ("s", [{"a": 1}], "correction")
+    assert new.meta == {"n": 1, "corrects": old.id}
+    assert new.id > old.id
+    assert told == [("changed", [old.id]), ("new", [new.id])]
+    assert history.verdicts([old.id, new.id]) == [(old.id, None, True), (new.id, 1.0, False)]
+    assert [record.observation for record in history.since(0)] == ["", "capital of France?"]
+    again = history.correct(new.id, observation="capital of Italy?", action="Rome", score=None)
+    assert again is not None
+    assert (again.messages, again.score) == (None, None), "the old messages end with the old question"
+
+
+def test_a_correction_must_change_something_that_is_there(history: History) -> None:
+    old = history.append([NewExperience("a", "b", "general", "test")])[0]
+    with pytest.raises(HistoryError, match="give feedback"):
+        history.correct(old.id, action="b")
+    with pytest.raises(HistoryError, match="observation, an action"):
+        history.correct(old.id, observation="", action="")
+    assert history.get(old.id) == old, "a refused correction leaves everything as it was"
+    assert history.correct(old.id + 1, action="c") is None
+    history.delete(experience_id=old.id)
+    assert history.correct(old.id, action="c") is None
+
+
+def test_who_listens_to_changes_hears_of_judgements_and_deletions(history: History) -> None:
+    first, second = history.append([NewExperience(text, "b", "general", "test") for text in "xy"])
+    told: list[list[int]] = []
+    history.subscribe_changes(lambda ids: told.append(list(ids)))
+    history.give_feedback(first.id, "good", 1.0)
+    history.give_feedback(99, "good", 1.0)
+    history.delete(domain="general")
+    history.delete(domain="general")
+    assert told == [[first.id], [first.id, second.id]]
