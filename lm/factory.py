@@ -5,8 +5,9 @@
     toka:<server>   toka:<model>@<server>        Tokasaurus, or Olympus through the same API
     openai:<model>@<server>   openai:<model>     any OpenAI API; without a server: OPENAI_BASE_URL, or OpenAI's own
 
-A server is an address with http:// or https://. Keys come from ``api_key``, else OPENAI_API_KEY (openai: only), never
-from the specification, which is logged and stored. Clients are imported when they are wanted: torch is heavy.
+A server is an address with http:// or https://. Keys come from ``api_key``, never from the specification, which is
+logged and stored; OPENAI_API_KEY goes only where no server is named, so that it reaches no other one. Clients are
+imported when they are wanted: torch is heavy.
 """
 
 from __future__ import annotations
@@ -71,12 +72,13 @@ def lm_factory(
         model, url = _served(spec, rest)
     else:
         model, url = rest, os.environ.get("OPENAI_BASE_URL", _OPENAI)
+        api_key = api_key or os.environ.get("OPENAI_API_KEY")
     if not model:
         raise InvalidSpec(f"{spec!r} lacks the model: openai:<model>@<server>")
     return OpenAIClient(
         url,
         model,
-        api_key=api_key or os.environ.get("OPENAI_API_KEY"),
+        api_key=api_key,
         tokenizer=tokenizer,
         accepts_cartridges=accepts_cartridges,
         extra=extra,
