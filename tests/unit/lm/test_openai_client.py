@@ -100,9 +100,11 @@ def test_trace_takes_what_is_certain_and_drops_candidates_that_are_not() -> None
 
 @pytest.mark.parametrize("chosen", ["a", "\ufffd", "zz", ""])
 def test_a_chosen_token_that_is_not_certain_is_refused(chosen: str) -> None:
-    with _client(_completion([_entry(chosen, ("b", -0.1))]), tokenizer=PiecesTokenizer()) as (client, _):
-        with pytest.raises(AmbiguousTokens, match="which id"):
-            client.call_with_trace(MESSAGES)
+    with (
+        _client(_completion([_entry(chosen, ("b", -0.1))]), tokenizer=PiecesTokenizer()) as (client, _),
+        pytest.raises(AmbiguousTokens, match="which id"),
+    ):
+        client.call_with_trace(MESSAGES)
 
 
 def test_ids_that_the_server_writes_out_need_no_tokenizer() -> None:
