@@ -187,6 +187,18 @@ class KernelSettings(_Section):
     retention: RetentionSettings = Field(default_factory=RetentionSettings)
 
 
+class DistillationSettings(_Section):
+    """When the history of a domain is distilled into a cartridge, and how hard that may work."""
+
+    automatic: bool = Field(True, description="Triggers start runs; False: by hand only.")
+    preset: str = Field("server", min_length=1, description="A name in configs/distill/, or a path.")
+    domains: dict[str, str] = Field({}, description="Other presets, by domain.")
+    check_seconds: float = Field(30.0, ge=0.05, description="Time between two looks at the triggers.")
+    serve_pause_ms: float = Field(50.0, ge=0, le=1000, description="Pause per pass while a chat is generating.")
+    niceness: int = Field(5, ge=0, le=19, description="Niceness of the thread (Linux only).")
+    threads: int = Field(1, ge=1, description="Intra-op threads of the training.")
+
+
 class TelemetrySettings(_Section):
     """What the process says about itself."""
 
@@ -206,6 +218,7 @@ class Settings(_Section):
     engine: EngineSettings = Field(default_factory=EngineSettings)
     workspace: WorkspaceConfig = Field(default_factory=WorkspaceConfig)
     kernels: KernelSettings = Field(default_factory=KernelSettings)
+    distillation: DistillationSettings = Field(default_factory=DistillationSettings)
     telemetry: TelemetrySettings = Field(default_factory=TelemetrySettings)
 
     @field_validator("data_dir")

@@ -31,7 +31,16 @@ from storage.models import ApiKey, AuditEvent
 log = structlog.get_logger(__name__)
 
 ADMIN = "admin"
-SCOPES = ("chat", "kernels:read", "kernels:write", "history:read", "history:write", ADMIN)
+SCOPES = (
+    "chat",
+    "kernels:read",
+    "kernels:write",
+    "history:read",
+    "history:write",
+    "cartridges:read",
+    "cartridges:write",
+    ADMIN,
+)
 KEY_PREFIX = "oly_"
 _KEY = re.compile(r"oly_([0-9a-f]{8})_([A-Za-z0-9_-]{43})")
 _USED_EVERY_SECONDS = 60.0  # last_used_at is for people: once a minute is enough

@@ -21,6 +21,7 @@ from memory.history import History, Record
 from olympus.access import KeyStore
 from olympus.admission import Admission
 from olympus.chat import ChatService
+from olympus.distillery import Distillery
 from olympus.errors import ModelNotReady
 from olympus.workbench import Workbench, forget_experiences, make_workbench
 from olympus.zeus import Zeus
@@ -69,6 +70,9 @@ class Runtime:
         self.chat = ChatService(settings, lambda: self.engine, self.history, self.hub, lambda: self.workbench)
         self._lock = files.DataDirLock(settings.data_dir)
         self._engine: Engine | None = None
+        self.distillery = Distillery(
+            settings.distillation, self.database, self.history, self.hub, settings.data_dir / "distillation"
+        )
         self.workbench = Workbench(None, "no model is loaded")
         self._model_state = ModelState("loading" if settings.model.load else "disabled", settings.model.name)
         self._loader: threading.Thread | None = None
@@ -123,6 +127,7 @@ class Runtime:
         if self.started_at is None:
             return
         begun = time.monotonic()
+        self.distillery.shutdown(deadline / 4)
         if self._engine is not None:
             self._engine.stop(timeout=min(5.0, deadline / 4))
         self._close_workbench()

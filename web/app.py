@@ -14,7 +14,20 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from olympus.errors import ModelNotReady
 from settings import ROOT, Settings, load_settings
 from telemetry.metrics import EngineTotals, Metrics, Sources
-from web import auth, errors, headers, history, kernel_files, kernels, openai, ops, pages, pantheon, stream
+from web import (
+    auth,
+    distillation,
+    errors,
+    headers,
+    history,
+    kernel_files,
+    kernels,
+    openai,
+    ops,
+    pages,
+    pantheon,
+    stream,
+)
 from web.assets import Assets
 from web.jsonio import JsonProvider
 from web.origin import HostGuard
@@ -35,12 +48,12 @@ def create_app(settings: Settings | None = None, runtime: Runtime | None = None)
     app.json = JsonProvider(app)
     app.config["MAX_CONTENT_LENGTH"] = server.max_body_bytes
     app.config["MAX_FORM_MEMORY_SIZE"] = min(server.max_body_bytes, 64 << 10)
-    app.url_map.converters.update(kernel=kernels.KernelId, checkpoint=kernels.CheckpointName)
+    app.url_map.converters.update(kernel=kernels.KernelId, checkpoint=kernels.CheckpointName, run=distillation.RunId)
     if server.trusted_proxies > 0:
         hops = server.trusted_proxies
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]
     _install(app, runtime)
-    for module in (ops, openai, kernels, kernel_files, pantheon, history, stream, pages):
+    for module in (ops, openai, kernels, kernel_files, pantheon, history, distillation, stream, pages):
         app.register_blueprint(module.blueprint)
     auth.check_every_view_is_guarded(app)
     return app

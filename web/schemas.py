@@ -302,6 +302,33 @@ class ProposalsQuery(_Body):
     limit: Annotated[int, Field(ge=1, le=500)] = 50
 
 
+class DistillBody(_Body):
+    """``POST /olympus/distillation/runs``: a preset and single values on top of it."""
+
+    domain: Name | None = None
+    preset: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,64}\z")] | None = None
+    config: dict[str, Any] = {}
+
+
+class RunsQuery(_Body):
+    """``GET /olympus/distillation/runs``."""
+
+    domain: Annotated[str, StringConstraints(max_length=64)] | None = None
+    limit: Annotated[int, Field(ge=1, le=500)] = 50
+
+
+class RunMetricsQuery(_Body):
+    """``GET /olympus/distillation/runs/<id>/metrics``: lines after the first ``since``."""
+
+    since: Annotated[int, Field(ge=0, le=_ID_LIMIT)] = 0
+
+
+class OutlookQuery(_Body):
+    """``GET /olympus/distillation/outlook``."""
+
+    domain: Name | None = None
+
+
 class StreamQuery(_Body):
     """``GET /olympus/stream``: topics separated by commas; none means all."""
 

@@ -17,7 +17,8 @@ from web.app import create_app
 from web.auth import OPEN, check_every_view_is_guarded
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-VALUES = {"kernel_id": "zeus-000000", "name": "step-00000001", "experience_id": 1, "model_id": "m", "filename": "x.js"}
+VALUES = {
+    "run_id": "run-000000000000","kernel_id": "zeus-000000", "name": "step-00000001", "experience_id": 1, "model_id": "m", "filename": "x.js"}
 Key = Callable[..., dict[str, str]]
 
 
@@ -82,6 +83,8 @@ def test_keys_open_what_their_scopes_name(guarded: Flask, key: Key) -> None:
         ("history:read", "GET", "/olympus/history", None),
         ("history:read", "GET", "/olympus/sessions", None),
         ("history:write", "DELETE", "/olympus/history/1", None),
+        ("cartridges:read", "GET", "/olympus/distillation/runs", None),
+        ("cartridges:write", "POST", "/olympus/distillation/runs", {}),
     ]
     for (scope, method, path, body), held in itertools.product(cases, sorted({case[0] for case in cases})):
         response = client.open(path, method=method, json=body, headers=key(held))

@@ -1,0 +1,271 @@
+"""Distillation as the server runs it: asked for by a person or by a trigger, worked on by one thread, told to watchers.
+
+Runs are rows (``memory.distillation.runs``), triggers are pure functions of what was lived through, and what a run does
+is the pipeline's business, which is given when the language model is ready. Here they are put together: which
+configuration a domain has, when the schedule looks, what starts and stops with the server.
+
+APScheduler only calls ``look`` every ``check_seconds``. Whatever it would lose with the process stands in the rows.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import structlog
+from apscheduler.schedulers.background import BackgroundScheduler
+
+from memory.distillation.config import DistillConfig, load_distill_config, make_distill_config, presets
+from memory.distillation.errors import DistillationError, DistillConfigError
+from memory.distillation.runs import Run, RunInProgress, RunNotFound, RunStore
+from memory.distillation.tally import Tally
+from memory.distillation.triggers import Situation, decide, judge
+from memory.distillation.worker import DistillationWorker, Outcome, Pipeline, Report
+from memory.history import History
+from olympus.errors import InvalidAction, InvalidRequest, NotReady, OlympusError
+from olympus.query_gate import be_nice
+from settings import DistillationSettings
+from storage.database import Database
+from telemetry.hub import EventHub
+
+log = structlog.get_logger(__name__)
+
+#: Lines of a run's log that are told at once.
+_LINES = 2000
+
+
+class UnknownRun(OlympusError):
+    """No run has that id; ``GET /olympus/distillation/runs`` lists them."""
+
+    status = 404
+    code = "run_not_found"
+
+
+class RunUnderWay(InvalidAction):
+    """The domain is being distilled already; wait for that run, or cancel it."""
+
+    code = "run_in_progress"
+
+
+class Distillery:
+    """One per process; safe to use from all threads."""
+
+    def __init__(
+        self,
+        settings: DistillationSettings,
+        database: Database,
+        history: History,
+        hub: EventHub,
+        folder: Path,
+        *,
+        is_stale: Callable[[str], bool] = lambda domain: False,
+    ):
+        """``folder`` holds the runs' folders.
+
+        ``is_stale``: whether what a domain's serving cartridge learned from was deleted or corrected since.
+        """
+        self.runs = RunStore(database)
+        self.folder = folder
+        self._settings = settings
+        self._history = history
+        self._hub = hub
+        self._is_stale = is_stale
+        self._tally = Tally(history)
+        self._pipeline: Pipeline | None = None
+        self._worker: DistillationWorker | None = None
+        self._scheduler: BackgroundScheduler | None = None
+        self._looking = threading.Lock()
+
+    # -- life -------------------------------------------------------------------------------------------------
+
+    def start(self, pipeline: Pipeline, count_tokens: Callable[[str], int] | None = None) -> None:
+        """Begin to work on what waits, and to look at the triggers. Called when the language model is ready."""
+        if count_tokens is not None:
+            self._tally = Tally(self._history, count_tokens)
+        self._pipeline = pipeline
+        self._worker = DistillationWorker(
+            self.runs,
+            self._run,
+            lambda _, data: self._publish(data),
+            prepare_thread=lambda: self._prepare_thread(),
+        )
+        self._worker.start()
+        if self._settings.automatic:
+            self._scheduler = BackgroundScheduler(timezone="UTC")
+            self._scheduler.add_job(
+                self.look, "interval", seconds=self._settings.check_seconds, max_instances=1, coalesce=True, id="look"
+            )
+            self._scheduler.start()
+
+    def shutdown(self, deadline: float) -> None:
+        """Stop within ``deadline`` seconds; what runs goes on at the next start."""
+        if self._scheduler is not None:
+            self._scheduler.shutdown(wait=False)
+        if self._worker is not None and not self._worker.stop(deadline):
+            log.warning("a distillation is still in a step; its run goes on at the next start")
+
+    # -- asking -----------------------------------------------------------------------------------------------
+
+    def config(
+        self, domain: str, preset: str | None = None, overrides: Mapping[str, Any] | None = None
+    ) -> DistillConfig:
+        """What a run of ``domain`` would use. Raises ``InvalidRequest``."""
+        name = preset or self._settings.domains.get(domain) or self._settings.preset
+        if preset is not None and preset not in presets():  # a path on this machine is for its owner's settings only
+            raise InvalidRequest(f"preset: there is no {preset!r}; one of: {', '.join(presets())}")
+        try:
+            return load_distill_config(name, overrides)
+        except DistillConfigError as error:
+            raise InvalidRequest(str(error)) from None
+
+    def begin(
+        self,
+        domain: str,
+        *,
+        preset: str | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        trigger: str = "manual",
+        actor: str = "local",
+    ) -> dict[str, Any]:
+        """A new run, queued. Raises ``InvalidRequest``, ``RunUnderWay`` or ``NotReady``."""
+        config = self.config(domain, preset, overrides)
+        if self._worker is None:
+            raise NotReady("distillation begins when the language model is loaded; see GET /readyz")
+        known = self._history.domains().get(domain)
+        if known is None and config.checkpoint_dir is None:
+            raise InvalidRequest(
+                f"domain: nothing was lived through in {domain!r}; GET /olympus/history shows what was"
+            )
+        try:
+            run = self.runs.create(
+                domain,
+                trigger=trigger,
+                config=config.model_dump(mode="json"),
+                cursor=0 if known is None else known[1],
+                actor=actor,
+            )
+        except RunInProgress as error:
+            raise RunUnderWay(str(error)) from None
+        self._publish(run.to_json())
+        self._worker.wake()
+        return run.to_json()
+
+    def run(self, run_id: str) -> dict[str, Any]:
+        """One run. Raises ``UnknownRun``."""
+        try:
+            return self.runs.get(run_id).to_json()
+        except RunNotFound as error:
+            raise UnknownRun(str(error)) from None
+
+    def page(self, domain: str | None, limit: int) -> list[dict[str, Any]]:
+        """The newest runs."""
+        return [run.to_json() for run in self.runs.page(domain=domain, limit=limit)]
+
+    def metrics(self, run_id: str, since: int) -> dict[str, Any]:
+        """Lines of the run's ``metrics.jsonl`` after the first ``since``. Raises ``UnknownRun``."""
+        self.run(run_id)
+        path = self.folder / run_id / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        told = [json.loads(line) for line in lines[since : since + _LINES] if line.endswith("}")]
+        return {"metrics": told, "next": since + len(told)}
+
+    def cancel(self, run_id: str, actor: str = "local") -> dict[str, Any]:
+        """Ask a run to end. Raises ``UnknownRun`` or ``InvalidAction``."""
+        try:
+            run = self.runs.cancel(run_id, actor)
+        except RunNotFound as error:
+            raise UnknownRun(str(error)) from None
+        except DistillationError as error:
+            raise InvalidAction(str(error)) from None
+        if self._worker is not None:
+            self._worker.wake()
+        self._publish(run.to_json())
+        return run.to_json()
+
+    def outlook(self, domain: str) -> dict[str, Any]:
+        """Where every trigger of a domain stands, and what the schedule would do now; nothing is started."""
+        config = self.config(domain)
+        situation, cursor = self._situation(domain)
+        name, reason = decide(config.schedule.thresholds(), situation)
+        if name is not None and not config.schedule.enabled:
+            reason = f"{name} fires, but the configuration of this domain does not start runs by itself"
+            name = None
+        return {
+            "domain": domain,
+            "would_start": name,
+            "reason": reason,
+            "triggers": [report.to_json() for report in judge(config.schedule.thresholds(), situation)],
+            "situation": {**asdict(situation), "scores": len(situation.scores)},
+            "since_experience": cursor,
+            "config": config.model_dump(mode="json"),
+        }
+
+    def schedule(self) -> dict[str, Any]:
+        """The schedule and the outlook of every domain."""
+        job = None if self._scheduler is None else self._scheduler.get_job("look")
+        upcoming = None if job is None or job.next_run_time is None else job.next_run_time.timestamp()
+        domains = [self.outlook(domain) for domain in sorted(self._history.domains())]
+        for item in domains:
+            del item["config"]
+        return {
+            "automatic": self._settings.automatic,
+            "working": self._worker is not None,
+            "next_look": upcoming,
+            "presets": presets(),
+            "domains": domains,
+        }
+
+    def look(self) -> list[str]:
+        """Start what a trigger asks for; the ids of the new runs. Called by the schedule, harmless at any time."""
+        started = []
+        with self._looking:
+            for domain in sorted(self._history.domains()):
+                try:
+                    told = self.outlook(domain)
+                    if told["would_start"] is not None:
+                        started.append(self.begin(domain, trigger=told["would_start"], actor="schedule")["id"])
+                        log.info(
+                            "a distillation begins", domain=domain, trigger=told["would_start"], why=told["reason"]
+                        )
+                except RunUnderWay:  # somebody was quicker
+                    continue
+                except OlympusError as error:
+                    log.warning("the schedule could not look at a domain", domain=domain, reason=str(error))
+        return started
+
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def _situation(self, domain: str) -> tuple[Situation, int]:
+        """What the triggers look at, and the newest experience that the last run saw."""
+        learned = self.runs.newest(domain, "promoted", "rejected", "skipped")
+        ended = self.runs.newest(domain, "promoted", "rejected", "skipped", "failed", "cancelled")
+        under_way = self.runs.newest(domain, "queued", "running", "cancelling")
+        cursor = 0 if learned is None else learned.cursor
+        count = self._tally.look(domain, cursor)
+        since = None if ended is None or ended.finished_at is None else max(0.0, time.time() - ended.finished_at)
+        situation = Situation(
+            tokens=count.tokens,
+            experiences=count.experiences,
+            episodes=count.episodes,
+            seconds_since_run=since,
+            scores=self._tally.scores(count),
+            stale=self._is_stale(domain),
+            open_run=None if under_way is None else under_way.id,
+        )
+        return situation, cursor
+
+    def _run(self, run: Run, report: Report, stop: threading.Event) -> Outcome:
+        assert self._pipeline is not None, "the worker starts after the pipeline was given"
+        make_distill_config(run.config)  # of an older version, maybe: said before anything is done
+        return self._pipeline(run, report, stop)
+
+    def _prepare_thread(self) -> None:
+        be_nice(self._settings.niceness)
+
+    def _publish(self, data: dict[str, Any]) -> None:
+        self._hub.publish("distillation", data, key=f"distillation:{data['id']}:{data['state']}")
