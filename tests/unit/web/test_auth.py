@@ -18,7 +18,13 @@ from web.auth import OPEN, check_every_view_is_guarded
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 VALUES = {
-    "run_id": "run-000000000000","kernel_id": "zeus-000000", "name": "step-00000001", "experience_id": 1, "model_id": "m", "filename": "x.js"}
+    "run_id": "run-000000000000",
+    "kernel_id": "zeus-000000",
+    "name": "step-00000001",
+    "experience_id": 1,
+    "model_id": "m",
+    "filename": "x.js",
+}
 Key = Callable[..., dict[str, str]]
 
 
