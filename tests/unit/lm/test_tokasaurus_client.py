@@ -22,8 +22,7 @@ RULES = CartridgeRef("rules_v0001")
 
 def test_call_sends_nothing_that_a_strict_server_refuses() -> None:
     fake = FakeTokasaurus()
-    with json_server(fake) as url,
-        TokasaurusClient(url) as client:
+    with json_server(fake) as url, TokasaurusClient(url) as client:
         assert isinstance(client, LanguageModel)
         assert client.ping()
         reply = client.call(MESSAGES, seed=3, stop=["\n"], cartridges=[RULES])
@@ -39,8 +38,7 @@ def test_call_sends_nothing_that_a_strict_server_refuses() -> None:
 
 def test_falls_back_to_the_custom_route_once_and_remembers_it() -> None:
     fake = FakeTokasaurus(routes=["custom"])
-    with json_server(fake) as url,
-        TokasaurusClient(url, "tiny") as client:
+    with json_server(fake) as url, TokasaurusClient(url, "tiny") as client:
         for _ in range(2):
             client.call(MESSAGES, cartridges=[RULES])
     assert [item.path for item in fake.asked] == [CARTRIDGE[0], CARTRIDGE[1], CARTRIDGE[1]]
@@ -53,7 +51,7 @@ def test_a_server_without_cartridge_routes_is_a_clear_refusal() -> None:
         pytest.raises(RequestRefused, match="Not Found") as caught,
     ):
         client.call(MESSAGES, cartridges=[RULES])
-        assert caught.value.status == 404
+    assert caught.value.status == 404
 
 
 def test_an_unknown_cartridge_is_refused_in_the_servers_words() -> None:
@@ -64,14 +62,13 @@ def test_an_unknown_cartridge_is_refused_in_the_servers_words() -> None:
         pytest.raises(RequestRefused, match="nothing_here does not exist") as caught,
     ):
         client.call(MESSAGES, cartridges=[CartridgeRef("nothing_here")])
-        assert caught.value.status == 400
+    assert caught.value.status == 400
     assert len(fake.asked) == 1, "a refusal is final, and the route is there"
 
 
 def test_trace_is_the_fingerprint_row_for_row() -> None:
     fake = FakeTokasaurus(ids=[40, 41, 2])
-    with json_server(fake) as url,
-        TokasaurusClient(url, "tiny") as client:
+    with json_server(fake) as url, TokasaurusClient(url, "tiny") as client:
         reply, trace = client.call_with_trace(MESSAGES, top_logprobs=4, cartridges=[RULES])
     body = fake.asked[-1].body
     assert (body["temperature"], body["logprobs"], body["logprobs_in_fingerprint"]) == (0.0, True, True)
@@ -101,8 +98,7 @@ def test_a_server_without_topk_says_so() -> None:
 )
 def test_messages_that_the_server_would_refuse_are_not_sent(message: dict[str, Any]) -> None:
     fake = FakeTokasaurus()
-    with json_server(fake) as url,
-        TokasaurusClient(url, "tiny") as client, pytest.raises(InvalidCall):
+    with json_server(fake) as url, TokasaurusClient(url, "tiny") as client, pytest.raises(InvalidCall):
         client.call([message])
     assert not fake.asked
 

@@ -29,8 +29,7 @@ def _answers(*told: Answer) -> tuple[list[Asked], object]:
 @pytest.mark.parametrize("failure", [Answer({}, 429), Answer({}, 503), Answer("", 500), Answer("", 0)])
 def test_what_may_pass_is_tried_again(failure: Answer) -> None:
     asked, answer = _answers(failure, failure, Answer({"ok": 1}))
-    with json_server(answer) as url,
-        Transport(url, patience=QUICK) as transport:
+    with json_server(answer) as url, Transport(url, patience=QUICK) as transport:
         assert transport.post("/x", {"a": 1}) == {"ok": 1}
     assert [item.body for item in asked] == [{"a": 1}] * 3
 
@@ -78,14 +77,12 @@ def test_a_refusal_is_final_and_in_the_servers_words(body: object, words: str) -
 def test_retry_after_counts_but_not_for_longer_than_the_longest_pause() -> None:
     _, answer = _answers(Answer({}, 429, {"Retry-After": "0.2"}), Answer({"ok": 1}))
     patience = Patience(tries=2, first_pause=0.001, longest_pause=5)
-    with json_server(answer) as url,
-        Transport(url, patience=patience) as transport:
+    with json_server(answer) as url, Transport(url, patience=patience) as transport:
         started = time.perf_counter()
         transport.get("/x")
         assert time.perf_counter() - started > 0.19
     _, answer = _answers(Answer({}, 429, {"Retry-After": "3600"}), Answer({"ok": 1}))
-    with json_server(answer) as url,
-        Transport(url, patience=QUICK) as transport:
+    with json_server(answer) as url, Transport(url, patience=QUICK) as transport:
         assert transport.get("/x") == {"ok": 1}
 
 
@@ -114,8 +111,7 @@ def test_stop_ends_the_waiting() -> None:
 @pytest.mark.parametrize("body", ["<html>", "[1]", "3"])
 def test_an_answer_that_is_no_object_is_not_one_of_ours(body: str) -> None:
     _, answer = _answers(Answer(body))
-    with json_server(answer) as url,
-        Transport(url, patience=QUICK) as transport, pytest.raises(InvalidResponse):
+    with json_server(answer) as url, Transport(url, patience=QUICK) as transport, pytest.raises(InvalidResponse):
         transport.get("/x")
 
 
