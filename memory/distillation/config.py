@@ -134,6 +134,15 @@ class DataConfig(_Section):
     max_rows: int = Field(2048, ge=1, description="Rows of replay at most; with failure focus, failures come first.")
     eval_share: float = Field(0.15, ge=0, lt=1, description="Share of observations held out, by hash of their content.")
     filter_incorrect: bool = Field(False, description="Drop the teacher's answers that contradict a known right one.")
+    apply_corrections: bool = Field(
+        False, description="In memory, show the right answer for the wrong one and leave the feedback out."
+    )
+    merge_turns: bool = Field(
+        False, description="Join neighbouring turns of one role, for chat templates that insist on alternation (Gemma)."
+    )
+    latest_feedback_wins: bool = Field(
+        True, description="Of experiences with equal observations use the one that was judged last."
+    )
     recent_turns: int = Field(
         0, ge=0, description="Newest experiences that the student sees too, as a hybrid agent does."
     )
@@ -182,7 +191,8 @@ class TrainingConfig(_Section):
     rows: int = Field(16, ge=1, le=512, description="Rows of a step.")
     top_k: int = Field(20, ge=1, description="Candidates of the teacher that count at each position.")
     loss: Literal["kl", "upstream"] = Field(
-        "kl", description="kl: mean over positions, the rest as one token; upstream: cross-entropy, mean over candidates."
+        "kl",
+        description="kl: mean over positions, the rest as one token; upstream: cross-entropy, mean over candidates.",
     )
     gold_weight: float = Field(1.0, ge=0, description="Of the loss on answers known to be right.")
     failure_weight: float = Field(

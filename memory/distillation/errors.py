@@ -8,6 +8,7 @@ DistillationError
  |-- GenerationError        rows cannot be made
  |    |-- NothingToDistil       no experience of the domain can become a row
  |    |-- JournalMismatch       the journal of an interrupted run belongs to other settings or another history
+ |    |-- ObservationTooLong   one observation alone does not fit the teacher's prompt
  |    |-- TeacherUnavailable    the teacher did not answer in as many attempts as allowed; what was made is kept
  |    `-- TeacherRefused        the teacher can answer no request of this kind (no log-probabilities, unknown model)
  |-- TrainerError           a cartridge cannot be trained, or training cannot go on; what was saved before is whole
@@ -54,6 +55,10 @@ class NothingToDistil(GenerationError):
 
 class JournalMismatch(GenerationError):
     """The journal in the run's directory was written for other samples. Use another directory, or remove it."""
+
+
+class ObservationTooLong(GenerationError, ValueError):
+    """An observation that leaves no room in the prompt even without memory. Raise ``teacher.max_prompt_tokens``."""
 
 
 class TeacherUnavailable(GenerationError):

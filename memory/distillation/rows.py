@@ -107,6 +107,7 @@ class RowMessage:
 class Row:
     """What the student sees, then the answer that it is to give, as the last message.
 
+    ``system_prompt`` is the student's system message, kept apart from ``messages`` as the library does.
     ``metadata`` (documented in docs/distillation.md): content_key, experience_id, split, weight, target, kind,
     teacher_tokens and whatever else is JSON. ``type``: the same as ``metadata["kind"]``, for readers of the library.
     """
@@ -138,6 +139,11 @@ class Row:
     def answer(self) -> RowMessage:
         """The last message: what is trained on."""
         return self.messages[-1]
+
+    def prompt(self) -> list[dict[str, str]]:
+        """What comes before the answer, as a chat template takes it: the system message, if any, and the turns."""
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        return system + [{"role": item.role, "content": item.content} for item in self.messages[:-1]]
 
     @property
     def split(self) -> str:

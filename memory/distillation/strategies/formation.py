@@ -7,7 +7,7 @@ that is repeated then leaks its answer. Here it is by content.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from memory.distillation.answers import content_key, went_wrong
@@ -161,8 +161,7 @@ def _formation(config: StrategyConfig, seed: int) -> MemoryFormationStrategy:
     if config.name == "failure_focus":
         return FailureFocus(FullMemory(), config.success_share, seed)
     if config.name == "mixed":
-        shares: Mapping[str, float] = config.mixture
-        parts = [(make_strategy(_single(config, name), seed), share) for name, share in sorted(shares.items())]
+        parts = [(make_strategy(_single(config, name), seed), share) for name, share in sorted(config.mixture.items())]
         return Mixed(tuple(parts), seed)
     return FullMemory()
 

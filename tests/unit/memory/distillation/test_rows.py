@@ -136,6 +136,8 @@ def test_rows_are_checked(messages: tuple[RowMessage, ...], metadata: dict[str, 
 
 def test_a_row_says_what_it_is_for() -> None:
     plain = Row((ASK, SAY))
+    assert plain.prompt() == [{"role": "user", "content": "q"}]
+    assert Row((ASK, SAY), "be brief").prompt()[0] == {"role": "system", "content": "be brief"}
     assert (plain.answer, plain.split, plain.weight, plain.target) == (SAY, "train", 1.0, "feedback")
     taught = Row((ASK, RowMessage("assistant", "a", (1, 2), top())), metadata={"split": "eval", "weight": 2})
     assert (taught.split, taught.weight, taught.target) == ("eval", 2.0, "teacher")

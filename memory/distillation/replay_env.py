@@ -1,0 +1,81 @@
+"""Replays a history without the environment that it was lived in: every sample with its prompts, gold answer and split.
+
+The order is the strategy's, and everything is a function of the records, the configuration and its seed, so that a run
+which was interrupted finds the same items again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from memory.distillation.answers import corrected_answer, latest_by_content, went_wrong
+from memory.distillation.config import DataConfig
+from memory.distillation.prompt_builder import Prompt, PromptBuilder
+from memory.distillation.strategies.base import MemoryFormationStrategy, Sample, chance
+from memory.history import Record
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayItem:
+    """One sample, ready to be asked. ``gold`` is the answer known to be right; ``failed`` None when nobody judged."""
+
+    sample: Sample
+    prompt: Prompt
+    gold: str | None
+    failed: bool | None
+    split: str
+    strategy: str
+
+
+class ReplayEnvironment:
+    """The samples of ``records`` under one strategy. Iterate it as often as you like."""
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        strategy: MemoryFormationStrategy,
+        builder: PromptBuilder,
+        config: DataConfig,
+        seed: int,
+    ):
+        living = [record for record in records if not record.deleted]
+        newest = sorted(living, key=lambda record: record.id)[-config.max_records :]
+        self.records = latest_by_content(newest) if config.latest_feedback_wins else newest
+        self._strategy, self._builder, self._config, self._seed = strategy, builder, config, seed
+
+    def samples(self) -> list[Sample]:
+        """What is asked, the limit on rows applied."""
+        samples = self._strategy.iter_samples(self.records)
+        if self._config.targets == "feedback":
+            samples = (sample for sample in samples if corrected_answer(sample.record) is not None)
+        return list(samples)[: self._config.max_rows]
+
+    def item(self, sample: Sample) -> ReplayItem:
+        """One sample's prompts. Raises ``ObservationTooLong``."""
+        memory = self._strategy.build_memory_for_sample(self.records, sample)
+        prompt = self._builder.build(sample.record.observation, memory, self._recent(sample, memory))
+        return ReplayItem(
+            sample,
+            prompt,
+            gold=corrected_answer(sample.record),
+            failed=went_wrong(sample.record),
+            split=split_of(sample.key, self._config.eval_share),
+            strategy=self._strategy.label(sample),
+        )
+
+    def __iter__(self) -> Iterator[ReplayItem]:
+        for sample in self.samples():
+            yield self.item(sample)
+
+    def _recent(self, sample: Sample, memory: Sequence[Record]) -> list[Record]:
+        """The newest of ``memory`` for the student's prompt, in the share of samples that have them."""
+        most = self._config.recent_turns
+        if not most or chance(self._seed, "recent", sample.key).random() >= self._config.recent_share:
+            return []
+        return sorted(memory, key=lambda record: record.id)[-most:]
+
+
+def split_of(key: str, eval_share: float) -> str:
+    """``train`` or ``eval`` by content key: equal observations never lie on both sides, in this run or a later one."""
+    return "eval" if int(key[:8], 16) / 0x1_0000_0000 < eval_share else "train"
