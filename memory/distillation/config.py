@@ -73,9 +73,8 @@ class TeacherConfig(_Section):
     model: str = Field(
         "engine:",
         min_length=1,
-        description="As lm_factory takes it: engine:, toka:<model>, openai:<model>, flex:<model>.",
+        description="As lm_factory takes it: engine:, flex:<model>, toka:<model>@<server>, openai:<model>@<server>.",
     )
-    base_url: str | None = Field(None, description="Of the server, for toka: and openai:.")
     api_key_env: str | None = Field(None, description="Name of the environment variable that holds the server's key.")
     max_tokens: int = Field(128, ge=1, description="Longest answer.")
     max_prompt_tokens: int = Field(

@@ -21,14 +21,13 @@ from memory.distillation.errors import DistillConfigError
 from memory.distillation.triggers import When
 
 
-@pytest.mark.parametrize("name", ["smollm2_cpu", "feedback_labels", "gpt_oss_gpu", "quick"])
+@pytest.mark.parametrize("name", presets())
 def test_presets_load_and_say_something(name: str) -> None:
-    assert name in presets()
     assert load_distill_config(name) != DistillConfig()
 
 
-def test_every_preset_is_tested_above() -> None:
-    assert presets() == ["feedback_labels", "gpt_oss_gpu", "quick", "smollm2_cpu"]
+def test_the_documented_presets_are_there() -> None:
+    assert {"feedback_labels", "gpt_oss_gpu", "quick", "smollm2_cpu"} <= set(presets())
 
 
 def test_a_file_then_overrides(tmp_path: Path) -> None:
@@ -83,7 +82,7 @@ def test_every_problem_has_its_line() -> None:
 
 
 def test_files_that_are_none_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DistillConfigError, match="one of: feedback_labels"):
+    with pytest.raises(DistillConfigError, match="one of: .*feedback_labels"):
         load_distill_config("nothing")
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(DistillConfigError, match="expected a mapping"):

@@ -46,7 +46,7 @@ def test_what_has_the_shape_of_a_secret_goes(text: str, redacted: str) -> None:
     [
         "on 2026-11-27 at 12:30:45",
         "order 4111 1111 1111 1112",  # fails Luhn's check
-        "DE89 3704 0044 0532 0130 02",  # fails mod 97
+        "GB82 WEST 1234 5698 7654 33",  # fails mod 97
         "0000 0000 0000 0000",
         "999.1.1.300",
         "std::vector and x :: Int",
