@@ -20,7 +20,7 @@ from workspace.generation import Finished, Generation, TokenChunk
 from workspace.prefix import KVPrefix, join_prefixes
 from workspace.sampling import SampledToken, SamplingParams
 
-#: Gives the prefix of a cartridge id; raises ``LanguageModelError`` (or ``LookupError``) for one it does not have.
+#: Gives the prefix of a cartridge id; what it raises for one that cannot be had becomes ``UnknownCartridge``.
 Resolve = Callable[[str], KVPrefix]
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5  # seconds between tries while the engine's queue is full
@@ -148,5 +148,7 @@ class EngineClient:
             return self._resolve(wanted.id)
         except LanguageModelError:
             raise
-        except LookupError as error:
+        except LookupError as error:  # a mapping's, whose message is only the id again
             raise UnknownCartridge(wanted.id) from error
+        except (RuntimeError, ValueError, OSError) as error:  # a registry's own words: not found, damaged, ...
+            raise UnknownCartridge(wanted.id, str(error)) from error

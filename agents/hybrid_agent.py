@@ -1,0 +1,103 @@
+"""The agent that acts with a cartridge, lives on, and has itself distilled.
+
+It acts with the domain's cartridge and a few recent experiences in the prompt, appends every experience to the history
+and tells a trigger. What the trigger starts runs elsewhere; when a new version serves, the memory names it and the next
+act uses it: no restart, no pause. Before there is any cartridge it acts with the long prompt, as ``HistoryAgent`` does.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+from agents.base import Act, AgentConfig, LoggingAgent, Speaker
+from agents.experience_log import ExperienceLog
+from agents.history_agent import prompt_builder
+from agents.kv_memory_agent import SYSTEM_PROMPT
+from lm.types import CartridgeRef, LanguageModel
+from memory.distillation.prompt_builder import Count, estimate_tokens, student_messages
+from memory.history import NewExperience
+from memory.kv_cache_memory import KVCacheMemory
+
+logger = logging.getLogger(__name__)
+
+#: Told of a domain after each of its experiences; it decides by itself whether a distillation begins, and returns soon.
+Trigger = Callable[[str], object]
+
+
+class HybridKVHistoryAgent(LoggingAgent):
+    """See the module docstring. ``trigger`` None: somebody else watches the history (a server's schedule does)."""
+
+    name = "hybrid"
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        memory: KVCacheMemory,
+        log: ExperienceLog,
+        config: AgentConfig | None = None,
+        *,
+        trigger: Trigger | None = None,
+        count: Count = estimate_tokens,
+        episode_id: str | None = None,
+    ):
+        super().__init__(log, episode_id)
+        self.memory = memory
+        self.config = config or AgentConfig()
+        self._speaker = Speaker(lm, self.config, SYSTEM_PROMPT)
+        self._trigger = trigger
+        self._count = count
+
+    def swap(self, cartridge: CartridgeRef) -> None:
+        """Act with ``cartridge`` from the next observation on: for triggers that report what came of a distillation.
+
+        A memory that follows its domain needs no telling.
+        """
+        old = self.memory.swap(cartridge)
+        logger.info("%s: %s instead of %s", self.log.domain, cartridge.id, [item.id for item in old])
+
+    def clone_for_episode(self, *, training: bool, episode_id: str | None = None) -> Self:
+        """See ``MemoryAgent``; an evaluation triggers nothing."""
+        return type(self)(
+            self._speaker.lm,
+            self.memory if training else self.memory.frozen(),
+            self._log_for(training),
+            self.config,
+            trigger=self._trigger if training else None,
+            count=self._count,
+            episode_id=episode_id,
+        )
+
+    def save_snapshot(self, folder: Path, snapshot_id: str) -> list[Path]:
+        """Both memories' files."""
+        return [*super().save_snapshot(folder, snapshot_id), self.memory.save_snapshot(folder, snapshot_id)]
+
+    def _answer(self, observation: str) -> Act:
+        cartridges = self.memory.references()
+        records = self._remembered(self.log.records())
+        if not cartridges:
+            prompt = prompt_builder(self._speaker, self._count).build(observation, records)
+            return self._speaker.say(prompt.teacher_messages, experiences=len(prompt.included))
+        recent = records[-self.config.recent :] if self.config.recent else []
+        messages = student_messages(
+            self.config.style,
+            self._speaker.system_prompt,
+            observation,
+            recent,
+            merge_turns=self.config.merge_turns,
+        )
+        return self._speaker.say(messages, cartridges, len(recent))
+
+    def _write(self, item: NewExperience) -> None:
+        super()._write(item)
+        if self._trigger is None:
+            return
+        try:
+            self._trigger(self.log.domain)
+        except Exception:  # whatever a trigger runs into, the agent's life goes on; the next experience tells it again
+            logger.exception("the distillation trigger of %s failed", self.log.domain)
+
+    def _meta(self, act: Act) -> dict[str, Any]:
+        return super()._meta(act) | {"recent": act.experiences if act.cartridges else None}

@@ -1,0 +1,84 @@
+"""The agent that looks up the k nearest experiences and puts them into the prompt: what a memory has to be better than.
+
+Nearness is whatever ``nearest`` says: ``WordNearest`` compares words (BM25), an episodic memory compares embeddings.
+The nearest stands last, next to the observation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Self
+
+from agents.base import Act, AgentConfig, LoggingAgent, Speaker
+from agents.experience_log import ExperienceLog, FrozenLog
+from agents.history_agent import prompt_builder
+from lm.types import LanguageModel
+from memory.distillation.prompt_builder import Count, estimate_tokens
+from memory.history import Record
+from memory.recall import WordIndex
+
+#: ``nearest(observation, limit)``: at most ``limit`` experiences, nearest first.
+Nearest = Callable[[str, int], Sequence[Record]]
+
+
+class WordNearest:
+    """The experiences of a log that share the rarest words with an observation. Not for use from several threads."""
+
+    def __init__(self, log: ExperienceLog):
+        self._log = log
+        self._state: tuple[int, int] | None = None
+        self._records: Sequence[Record] = ()
+        self._words: WordIndex | None = None
+
+    def __call__(self, observation: str, limit: int) -> Sequence[Record]:
+        """See ``Nearest``. The index is made anew when experiences came or went."""
+        records = self._log.records()
+        state = (len(records), records[-1].id if records else 0)
+        if state != self._state:
+            self._state, self._records = state, records
+            self._words = WordIndex([record.observation for record in records]) if records else None
+        if self._words is None:
+            return ()
+        return [self._records[place] for place, _ in self._words.best(observation, limit)]
+
+
+class KNNAgent(LoggingAgent):
+    """``make_nearest`` gives the search for a log; a clone gets one of its own."""
+
+    name = "knn"
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        log: ExperienceLog,
+        config: AgentConfig | None = None,
+        *,
+        make_nearest: Callable[[ExperienceLog], Nearest] = WordNearest,
+        count: Count = estimate_tokens,
+        episode_id: str | None = None,
+    ):
+        super().__init__(log, episode_id)
+        self.config = config or AgentConfig()
+        self._speaker = Speaker(lm, self.config, default_system_prompt="")
+        self._make_nearest = make_nearest
+        self._nearest = make_nearest(log)
+        self._count = count
+
+    def clone_for_episode(self, *, training: bool, episode_id: str | None = None) -> Self:
+        """See ``MemoryAgent``."""
+        return type(self)(
+            self._speaker.lm,
+            self._log_for(training),
+            self.config,
+            make_nearest=self._make_nearest,
+            count=self._count,
+            episode_id=episode_id,
+        )
+
+    def _answer(self, observation: str) -> Act:
+        found = self._remembered(self._nearest(observation, self.config.neighbours))
+        if isinstance(self.log, FrozenLog):  # a search over something that lives on must not see past the moment
+            known = {record.id for record in self.log.kept}
+            found = [record for record in found if record.id in known]
+        prompt = prompt_builder(self._speaker, self._count).build(observation, found[::-1])
+        return self._speaker.say(prompt.teacher_messages, experiences=len(prompt.included))
