@@ -185,7 +185,11 @@ class EpisodicVector(Base):
 
 
 class Cartridge(Base):
-    """A trained KV prefix and where it came from."""
+    """A trained KV prefix and where it came from; its tensors lie in a folder named by its id.
+
+    Rows are never removed, since ids are never given twice: a deleted one keeps its row. ``stale``: something that it
+    was trained on (``experience_ids``) was forgotten since.
+    """
 
     __tablename__ = "cartridges"
     __table_args__ = (UniqueConstraint("domain", "version"),)
@@ -196,9 +200,14 @@ class Cartridge(Base):
     parent_id: Mapped[str | None] = mapped_column(String(96))
     run_id: Mapped[str | None] = mapped_column(String(64))
     state: Mapped[str] = mapped_column(String(16), index=True)
+    state_reason: Mapped[str] = mapped_column(Text, default="")
+    stale: Mapped[bool] = mapped_column(default=False)
     model_fingerprint: Mapped[str] = mapped_column(String(64))
     slots: Mapped[int] = mapped_column(Integer)
+    bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     manifest: Mapped[dict[str, Any]] = mapped_column(JSON)
+    metrics: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)  # of the gate
+    experience_ids: Mapped[list[int]] = mapped_column(JSON, default=list)
     created_at: Mapped[float] = mapped_column(Float, default=time.time)
     promoted_at: Mapped[float | None] = mapped_column(Float)
 
