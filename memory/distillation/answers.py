@@ -9,6 +9,7 @@ Also here: when two experiences are about the same thing (``content_key``), and 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import unicodedata
@@ -24,6 +25,7 @@ _GIVEN = re.compile(r"\bthe (?:correct|right) answer (?:is|was)\s*:?\s*(?P<answe
 _QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’", "«": "»"}
 
 
+@functools.lru_cache(maxsize=8192)  # a strategy asks for each experience's once per sample
 def content_key(observation: str) -> str:
     """Equal for observations that differ only in case, white space or Unicode form: 32 hexadecimal digits."""
     normal = " ".join(unicodedata.normalize("NFKC", observation).casefold().split())

@@ -80,6 +80,7 @@ class TeacherConfig(_Section):
     max_prompt_tokens: int = Field(
         4096, ge=64, description="Longest prompt; the oldest experiences are left out until it fits."
     )
+    parallel: int = Field(1, ge=1, le=64, description="Questions asked at once; users wait behind them.")
     attempts: int = Field(5, ge=1, le=20, description="Times that one question is asked before the run fails.")
     backoff_seconds: float = Field(1.0, ge=0, description="Pause after the first failure; it doubles every time.")
     max_backoff_seconds: float = Field(60.0, ge=0, description="Longest such pause.")
@@ -132,6 +133,13 @@ class DataConfig(_Section):
     max_records: int = Field(4096, ge=1, description="Newest experiences that are looked at.")
     max_rows: int = Field(2048, ge=1, description="Rows of replay at most; with failure focus, failures come first.")
     eval_share: float = Field(0.15, ge=0, lt=1, description="Share of observations held out, by hash of their content.")
+    hold_out: Literal["observations", "reasks"] = Field(
+        "observations",
+        description="Held out are whole observations; or none, and a share of what is trained is asked again (recall).",
+    )
+    strict_hold_out: bool = Field(
+        False, description="Keep what is held out out of every memory too: a cleaner proof, and less is remembered."
+    )
     filter_incorrect: bool = Field(False, description="Drop the teacher's answers that contradict a known right one.")
     apply_corrections: bool = Field(
         False, description="In memory, show the right answer for the wrong one and leave the feedback out."

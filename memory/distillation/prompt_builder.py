@@ -63,12 +63,9 @@ class PromptBuilder:
         """
         shown = [as_corrected(record) for record in memory] if self.apply_corrections else list(memory)
         kept, tokens = self._fitting(observation, shown)
-        last = [as_corrected(record) for record in recent] if self.apply_corrections else list(recent)
         return Prompt(
             teacher_messages=self._teacher(observation, kept),
-            student_messages=student_messages(
-                self.style, self.system_prompt, observation, last, merge_turns=self.merge_turns
-            ),
+            student_messages=self.student(observation, recent).student_messages,
             included=tuple(record.id for record in kept),
             dropped=len(shown) - len(kept),
             tokens=tokens,
@@ -77,35 +74,70 @@ class PromptBuilder:
     def _teacher(self, observation: str, memory: Sequence[Record]) -> list[Message]:
         return teacher_messages(self.style, self.system_prompt, observation, memory, merge_turns=self.merge_turns)
 
+    def student(self, observation: str, recent: Sequence[Record] = ()) -> Prompt:
+        """The student's prompt alone, for targets that need no teacher."""
+        last = [as_corrected(record) for record in recent] if self.apply_corrections else list(recent)
+        messages = student_messages(self.style, self.system_prompt, observation, last, merge_turns=self.merge_turns)
+        return Prompt([], messages, (), 0, 0)
+
     def _fitting(self, observation: str, memory: list[Record]) -> tuple[list[Record], int]:
-        """As much of ``memory``, in its order, as fits; and the tokens of that prompt."""
+        """As much of ``memory``, in its order, as fits; and the tokens of that prompt.
+
+        More memory never makes a shorter prompt, so the fewest that must go are found by search, beginning where an
+        estimate says: then no prompt much longer than the limit is ever tokenized.
+        """
         ages = sorted(record.id for record in memory)
+        known: dict[int, int] = {}
 
         def kept(dropped: int) -> list[Record]:
             gone = set(ages[:dropped])
             return [record for record in memory if record.id not in gone]
 
-        def tokens(dropped: int) -> int:
-            return self.count(self._teacher(observation, kept(dropped)))
+        def fits(dropped: int) -> bool:
+            if dropped not in known:
+                known[dropped] = self.count(self._teacher(observation, kept(dropped)))
+            return known[dropped] <= self.max_tokens
 
-        found = tokens(0)
-        if found <= self.max_tokens:
-            return memory, found
-        low, high = 1, len(ages)  # the fewest that must go lie here, if anything helps
-        found = tokens(high)
-        if found > self.max_tokens:
-            raise ObservationTooLong(
-                f"an observation of {len(observation)} characters makes a prompt of {found} tokens without any memory; "
-                f"raise teacher.max_prompt_tokens ({self.max_tokens})"
-            )
+        low, high = _bracket(fits, self._guess(memory), len(ages))
         while low < high:
             middle = (low + high) // 2
-            now = tokens(middle)
-            if now <= self.max_tokens:
-                high, found = middle, now
-            else:
-                low = middle + 1
-        return kept(high), found
+            low, high = (low, middle) if fits(middle) else (middle + 1, high)
+        if not fits(high):
+            raise ObservationTooLong(
+                f"an observation of {len(observation)} characters makes a prompt of {known[high]} tokens without any "
+                f"memory; raise teacher.max_prompt_tokens ({self.max_tokens})"
+            )
+        return kept(high), known[high]
+
+    def _guess(self, memory: Sequence[Record]) -> int:
+        """How many of the oldest to leave out, by estimate."""
+        tokens, kept = 0, 0
+        for record in sorted(memory, key=lambda item: -item.id):
+            tokens += estimate_tokens(_turns([record]))
+            if tokens > self.max_tokens:
+                break
+            kept += 1
+        return len(memory) - kept
+
+
+def _bracket(fits: Callable[[int], bool], guess: int, most: int) -> tuple[int, int]:
+    """Bounds of the smallest number that ``fits``, found by growing steps from ``guess``; ``most`` is not asked."""
+    step = 1
+    if fits(guess):
+        high = guess
+        while high > 0:
+            probe = max(0, high - step)
+            if not fits(probe):
+                return probe + 1, high
+            high, step = probe, 2 * step
+        return 0, 0
+    low = guess + 1
+    while low < most:
+        probe = min(most, low + step)
+        if probe < most and fits(probe):
+            return low, probe
+        low, step = probe if probe == most else probe + 1, 2 * step
+    return min(low, most), most
 
 
 def teacher_messages(

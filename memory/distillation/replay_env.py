@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from memory.distillation.answers import corrected_answer, latest_by_content, went_wrong
+from memory.distillation.answers import content_key, corrected_answer, latest_by_content, went_wrong
 from memory.distillation.config import DataConfig
 from memory.distillation.prompt_builder import Prompt, PromptBuilder
 from memory.distillation.strategies.base import MemoryFormationStrategy, Sample, chance
@@ -43,6 +43,10 @@ class ReplayEnvironment:
         newest = sorted(living, key=lambda record: record.id)[-config.max_records :]
         self.records = latest_by_content(newest) if config.latest_feedback_wins else newest
         self._strategy, self._builder, self._config, self._seed = strategy, builder, config, seed
+        self._keys = {content_key(record.observation) for record in self.records}
+        self._memory = self.records
+        if config.strict_hold_out and config.hold_out == "observations":
+            self._memory = [record for record in self.records if self.split(content_key(record.observation)) == "train"]
 
     def samples(self) -> list[Sample]:
         """What is asked, the limit on rows applied."""
@@ -51,18 +55,38 @@ class ReplayEnvironment:
             samples = (sample for sample in samples if corrected_answer(sample.record) is not None)
         return list(samples)[: self._config.max_rows]
 
-    def item(self, sample: Sample) -> ReplayItem:
-        """One sample's prompts. Raises ``ObservationTooLong``."""
-        memory = self._strategy.build_memory_for_sample(self.records, sample)
-        prompt = self._builder.build(sample.record.observation, memory, self._recent(sample, memory))
+    def item(self, sample: Sample, *, teacher: bool = True) -> ReplayItem:
+        """One sample's prompts; without ``teacher`` the student's alone. Raises ``ObservationTooLong``."""
+        memory = self._strategy.build_memory_for_sample(self._memory, sample)
+        observation, recent = sample.record.observation, self._recent(sample, memory)
+        build = self._builder
+        prompt = build.build(observation, memory, recent) if teacher else build.student(observation, recent)
         return ReplayItem(
             sample,
             prompt,
             gold=corrected_answer(sample.record),
             failed=went_wrong(sample.record),
-            split=split_of(sample.key, self._config.eval_share),
+            split=self.split(sample.key),
             strategy=self._strategy.label(sample),
         )
+
+    def split(self, key: str) -> str:
+        """Whether an observation is trained on or held out."""
+        return "train" if self._config.hold_out == "reasks" else split_of(key, self._config.eval_share)
+
+    def asked_again(self, key: str) -> bool:
+        """Whether a trained row is also one to evaluate with, where nothing is held out."""
+        return self._config.hold_out == "reasks" and split_of(key, self._config.eval_share) == "eval"
+
+    def holds(self, key: str) -> bool:
+        """Whether an observation with this content key was lived through."""
+        return key in self._keys
+
+    def chunk(self, name: str, most: int) -> list[Record]:
+        """Up to ``most`` experiences in their order, chosen by chance for ``name``."""
+        dice = chance(self._seed, "chunk", name)
+        chosen = dice.sample(range(len(self._memory)), min(most, len(self._memory)))
+        return [self._memory[index] for index in sorted(chosen)]
 
     def __iter__(self) -> Iterator[ReplayItem]:
         for sample in self.samples():
