@@ -198,6 +198,7 @@ class Cartridge(Base):
     domain: Mapped[str] = mapped_column(String(64), index=True)
     version: Mapped[int] = mapped_column(Integer)
     parent_id: Mapped[str | None] = mapped_column(String(96))
+    replaced_id: Mapped[str | None] = mapped_column(String(96))  # what served before it was promoted
     run_id: Mapped[str | None] = mapped_column(String(64))
     state: Mapped[str] = mapped_column(String(16), index=True)
     state_reason: Mapped[str] = mapped_column(Text, default="")
