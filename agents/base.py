@@ -166,7 +166,7 @@ class LoggingAgent(ABC):
             self._written.add(self.log.append(item).id)
 
     def _remembered(self, records: Sequence[Record]) -> list[Record]:
-        """``records`` without those that an interrupted run of this same episode left: it would read its answer there."""
+        """``records`` without what an interrupted run of this same episode left: its answer would be read there."""
         own, written = self.episode_id, self._written
         return [record for record in records if record.episode_id != own or record.id in written]
 

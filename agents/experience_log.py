@@ -70,7 +70,7 @@ class FileLog:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             for item, created in _read(path):
-                self._keep(item, created)
+                self._keep(item, self._record(item, created))
 
     def append(self, item: NewExperience) -> Record:
         """See the class."""
@@ -79,24 +79,20 @@ class FileLog:
             if known is not None:
                 return known
             created = time.time()
+            record = self._record(item, created)
             if self._path is not None:
                 append_line(self._path, json.dumps(asdict(item) | {"created_at": created}))
-            return self._keep(item, created)
+            return self._keep(item, record)
 
     def records(self) -> Sequence[Record]:
         """All of them."""
         with self._lock:
             return list(self._records)
 
-    def _keep(self, item: NewExperience, created: float) -> Record:
-        fields = {key: value for key, value in vars_of(item).items() if key != "request_id"}
-        record = Record(
-            id=len(self._records) + 1,
-            content_hash=content_hash(item.observation, item.action),
-            created_at=created,
-            deleted=False,
-            **fields,
-        )
+    def _record(self, item: NewExperience, created: float) -> Record:
+        return _as_record(item, len(self._records) + 1, created)
+
+    def _keep(self, item: NewExperience, record: Record) -> Record:
         self._records.append(record)
         if item.request_id:
             self._requests[item.request_id] = record
@@ -112,9 +108,7 @@ class FrozenLog:
 
     def append(self, item: NewExperience) -> Record:
         """Nothing happens; the record has id 0."""
-        fields = {key: value for key, value in vars_of(item).items() if key != "request_id"}
-        digest = content_hash(item.observation, item.action)
-        return Record(id=0, content_hash=digest, created_at=time.time(), deleted=False, **fields)
+        return _as_record(item, 0, time.time())
 
     def records(self) -> Sequence[Record]:
         """Those of the moment."""
@@ -141,14 +135,15 @@ def save_snapshot(log: ExperienceLog, folder: Path, snapshot_id: str) -> Path:
     return path
 
 
-def vars_of(item: NewExperience) -> dict[str, Any]:
-    """The fields of ``item`` by name (it has slots, so ``vars`` does not work)."""
-    return {name: getattr(item, name) for name in item.__dataclass_fields__}
-
-
 def with_feedback(item: NewExperience, feedback: str | None, score: float | None) -> NewExperience:
     """``item`` with what came back for it."""
     return replace(item, feedback=feedback, score=score)
+
+
+def _as_record(item: NewExperience, number: int, created: float) -> Record:
+    fields: dict[str, Any] = {name: getattr(item, name) for name in item.__dataclass_fields__ if name != "request_id"}
+    digest = content_hash(item.observation, item.action)
+    return Record(id=number, content_hash=digest, created_at=created, deleted=False, **fields)
 
 
 def _read(path: Path) -> list[tuple[NewExperience, float]]:
