@@ -206,6 +206,17 @@ class History:
                 known.update({row.content_hash: row.id for row in session.execute(query)})
         return known
 
+    def content_counts(self, domain: str, hashes: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """Content hash -> how many rows of ``domain`` have it, and how many of those are tombstones; 0 is absent."""
+        found: dict[str, tuple[int, int]] = {}
+        columns = (Experience.content_hash, sa.func.count(Experience.id), sa.func.count(Experience.deleted_at))
+        for some in _pages(hashes):
+            query = sa.select(*columns).where(Experience.domain == domain, Experience.content_hash.in_(some))
+            with self._database.read() as session:
+                rows = session.execute(query.group_by(Experience.content_hash))
+                found.update({name: (count, deleted) for name, count, deleted in rows})
+        return found
+
     def find_request(self, request_id: str) -> Record | None:
         """What was written for this request id, if anything was."""
         with self._database.read() as session:

@@ -174,3 +174,10 @@ def test_who_listens_to_changes_hears_of_judgements_and_deletions(history: Histo
     history.delete(domain="general")
     history.delete(domain="general")
     assert told == [[first.id], [first.id, second.id]]
+
+
+def test_contents_are_counted_with_their_tombstones(history: History) -> None:
+    stored = history.append([_new("one"), _new("one"), _new("two"), _new("one", domain="maths")])
+    history.delete(experience_id=stored[0].id)
+    one, two = stored[0].content_hash, stored[2].content_hash
+    assert history.content_counts("general", [one, two, "none"]) == {one: (2, 1), two: (1, 0)}
