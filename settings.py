@@ -187,6 +187,27 @@ class KernelSettings(_Section):
     retention: RetentionSettings = Field(default_factory=RetentionSettings)
 
 
+class EpisodicSettings(_Section):
+    """What a question brings to mind, by words and by meaning."""
+
+    enabled: bool = Field(True, description="False: words alone, over the newest experiences of a domain.")
+    embedding: Literal["auto", "minilm", "engine", "none"] = Field(
+        "auto", description="auto: MiniLM, fetched once; where it cannot be had, the served model's own states."
+    )
+    index: Literal["auto", "faiss", "pgvector"] = Field(
+        "auto", description="auto: pgvector on a PostgreSQL that has it, else FAISS."
+    )
+    max_entries: int = Field(200_000, ge=1, description="Experiences that can be recalled: the newest.")
+    approximate_from: int = Field(50_000, ge=100, description="Vectors from which on not every one is looked at.")
+    words_weight: float = Field(0.5, ge=0, le=10, description="Weight of words against 1 for meaning.")
+
+
+class MemorySettings(_Section):
+    """Memories of the history."""
+
+    episodic: EpisodicSettings = Field(default_factory=EpisodicSettings)
+
+
 class DistillationSettings(_Section):
     """When the history of a domain is distilled into a cartridge, and how hard that may work."""
 
@@ -218,6 +239,7 @@ class Settings(_Section):
     engine: EngineSettings = Field(default_factory=EngineSettings)
     workspace: WorkspaceConfig = Field(default_factory=WorkspaceConfig)
     kernels: KernelSettings = Field(default_factory=KernelSettings)
+    memory: MemorySettings = Field(default_factory=MemorySettings)
     distillation: DistillationSettings = Field(default_factory=DistillationSettings)
     telemetry: TelemetrySettings = Field(default_factory=TelemetrySettings)
 

@@ -230,7 +230,7 @@ class EpisodicMemory:
             if key in self._asked_before:
                 self._asked_before.move_to_end(key)
                 return self._asked_before[key]
-        vector = embedding.embed([query])[0]
+        vector: Matrix = embedding.embed([query])[0]
         with self._asked_lock:
             self._asked_before[key] = vector
             while len(self._asked_before) > _QUERIES_KEPT:

@@ -33,7 +33,7 @@ Stage = Literal["off", "waiting", "opening", "ready", "failed"]
 Open = Callable[[threading.Event], Embedding | None]
 MakeIndex = Callable[[Embedding], VectorIndex]
 
-_BATCH = 16
+_BATCH = 8
 _PATIENCE = 2.0
 _LOOK_SECONDS = 0.05
 _IDLE_SECONDS = 60.0
@@ -218,9 +218,9 @@ class Follower:
             logger.exception("experience %d cannot be embedded; it is found by its words only", texts[0][0])
             self._refused.add(texts[0][0])
             return {}
-        sound = np.isfinite(rows).all(axis=1)
-        self._refused.update(known for (known, _), whole in zip(texts, sound, strict=True) if not whole)
-        return {known: row for (known, _), row, whole in zip(texts, rows, sound, strict=True) if whole}
+        sound = {known: row for (known, _), row in zip(texts, rows, strict=True) if np.isfinite(row).all()}
+        self._refused.update(known for known, _ in texts if known not in sound)
+        return sound
 
     def _load(self, embedding: Embedding) -> None:
         """Fill an index with the vectors that are kept."""

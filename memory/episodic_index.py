@@ -40,7 +40,8 @@ class EpisodicIndex:
         """Ids and BM25 scores of at most ``limit`` experiences that share a word with ``query``, best first."""
         with self._lock:
             found = self._words.best(query, limit, self._catalog.mask(filters))
-            return [(int(self._catalog.ids[place]), score) for place, score in found]
+            pairs = [(int(self._catalog.ids[place]), score) for place, score in found]
+        return sorted(pairs, key=lambda pair: (-pair[1], -pair[0]))  # of equals the newer one
 
     def nearest(self, vector: Matrix, limit: int, filters: Filters) -> tuple[Ids, Matrix]:
         """Ids and cosines of at most ``limit`` experiences nearest to ``vector`` [E], best first."""

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
 
+from memory.episodic import EpisodicMemory
 from memory.history import History, Record
 from olympus.access import KeyStore
 from olympus.admission import Admission
 from olympus.chat import ChatService
 from olympus.distillery import Distillery
 from olympus.errors import ModelNotReady
-from olympus.workbench import Workbench, forget_experiences, make_workbench
+from olympus.remembering import MemoryDisabled, make_memory
+from olympus.workbench import Workbench, correct_experience, forget_experiences, make_workbench
 from olympus.zeus import Zeus
 from settings import LOOPBACK_HOSTS, Settings, SettingsError
 from storage import files, migrate
@@ -73,6 +75,7 @@ class Runtime:
         self.distillery = Distillery(
             settings.distillation, self.database, self.history, self.hub, settings.data_dir / "distillation"
         )
+        self._memory = make_memory(settings, self.database, self.history, self._somebody_waits)
         self.workbench = Workbench(None, "no model is loaded")
         self._model_state = ModelState("loading" if settings.model.load else "disabled", settings.model.name)
         self._loader: threading.Thread | None = None
@@ -102,6 +105,8 @@ class Runtime:
                 log.info("removed what an interrupted write left", name=leftover.name)
             self.cookie_secret = self._load_cookie_secret()
             self.history.subscribe(self._announce_history)
+            if self._memory is not None:
+                self._memory.start()
             self.zeus.start()
         except BaseException:
             self._lock.release()
@@ -131,6 +136,8 @@ class Runtime:
         if self._engine is not None:
             self._engine.stop(timeout=min(5.0, deadline / 4))
         self._close_workbench()
+        if self._memory is not None:
+            self._memory.stop(deadline / 4)
         self.zeus.shutdown(max(1.0, deadline - (time.monotonic() - begun) - 1.0))
         self.database.close()
         self._lock.release()
@@ -142,6 +149,17 @@ class Runtime:
             self.workbench.close()
         except Exception:  # what was acknowledged is saved already; the rest of the shutdown must go on
             log.exception("the virtual tokens of some sessions could not be saved")
+
+    @property
+    def memory(self) -> EpisodicMemory:
+        """The episodic memory; raises ``MemoryDisabled``."""
+        if self._memory is None:
+            raise MemoryDisabled
+        return self._memory
+
+    def correct(self, experience_id: int, *, actor: str, **fields: Any) -> Record | None:
+        """Put a corrected experience in another one's place; ``History.correct`` says what ``fields`` may be."""
+        return correct_experience(self.history, self.workbench, experience_id, actor=actor, **fields)
 
     def forget(self, *, actor: str, **which: Any) -> int:
         """Delete experiences and what sessions keep of them; ``History.delete`` says what ``which`` may be."""
@@ -208,6 +226,9 @@ class Runtime:
     def _engine_is_busy(self) -> bool:
         return self._engine is not None and self._engine.stats().active > 0
 
+    def _somebody_waits(self) -> bool:
+        return self._engine_is_busy() or not self.zeus.gate.is_empty
+
     def _tell(self, stage: Stage, detail: str, fraction: float | None = None) -> None:
         self._model_state = replace(self._model_state, stage=stage, detail=detail, fraction=fraction)
         data = {"stage": stage, "name": self._model_state.name, "detail": detail, "fraction": fraction}
@@ -240,7 +261,9 @@ class Runtime:
             revision=model.revision,
             progress=lambda detail, fraction: self._tell("loading", detail, fraction),
         )
-        self.workbench = make_workbench(loaded, self.settings, self.database, self.history)
+        if self._memory is not None:
+            self._memory.adopt_engine(loaded)
+        self.workbench = make_workbench(loaded, self.settings, self.database, self.history, self._memory)
         self._tell("loading", "warming up")
         made = Engine(
             loaded,

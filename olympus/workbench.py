@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from memory.history import History
+from memory.history import History, Record
 from memory.latent import LatentSessions
 from memory.recall import HistoryRecall, recall_turns
 from olympus.chat_types import WorkspaceWish
@@ -24,7 +24,7 @@ from storage.database import Database
 
 if TYPE_CHECKING:  # torch is imported by whoever loads the model
     from workspace.models import LoadedModel
-    from workspace.recall import Recollection
+    from workspace.recall import Recall, Recollection
     from workspace.run import WorkspaceRun
     from workspace.steering import Steering
 
@@ -139,13 +139,18 @@ def _within(steering: Steering, found: Sequence[Recollection]) -> list[str]:
     return lines
 
 
-def make_workbench(loaded: LoadedModel, settings: Settings, database: Database, history: History) -> Workbench:
-    """Hook the model as the settings say. A workspace that cannot be had is no error: its reason is kept and logged."""
+def make_workbench(
+    loaded: LoadedModel, settings: Settings, database: Database, history: History, memory: Recall | None = None
+) -> Workbench:
+    """Hook the model as the settings say. A workspace that cannot be had is no error: its reason is kept and logged.
+
+    It asks ``memory``; without one, words alone bring back experiences.
+    """
     from workspace.errors import InvalidWorkspace, StateError, UnsupportedModel
     from workspace.steering import Steering
 
     latent = LatentSessions(database, loaded.fingerprint)
-    recall = HistoryRecall(history, settings.kernels.default_domain)
+    recall = memory or HistoryRecall(history, settings.kernels.default_domain)
     for removed in latent.prune(_STORED_BYTES):
         log.info("removed the virtual tokens of a session", session=removed.session, bytes=removed.size)
     try:
@@ -166,3 +171,14 @@ def forget_experiences(history: History, workbench: Workbench, *, actor: str, **
     for session in sessions:
         workbench.forget(session, actor)
     return count
+
+
+def correct_experience(
+    history: History, workbench: Workbench, experience_id: int, *, actor: str, **fields: Any
+) -> Record | None:
+    """``History.correct``; the virtual tokens of the session, which know what was wrong, go as when it is forgotten."""
+    sessions = history.sessions_of(experience_id=experience_id)
+    corrected = history.correct(experience_id, actor=actor, **fields)
+    for session in sessions if corrected is not None else ():
+        workbench.forget(session, actor)
+    return corrected

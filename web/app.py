@@ -22,6 +22,7 @@ from web import (
     history,
     kernel_files,
     kernels,
+    memory,
     openai,
     ops,
     pages,
@@ -53,7 +54,7 @@ def create_app(settings: Settings | None = None, runtime: Runtime | None = None)
         hops = server.trusted_proxies
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]
     _install(app, runtime)
-    for module in (ops, openai, kernels, kernel_files, pantheon, history, distillation, stream, pages):
+    for module in (ops, openai, kernels, kernel_files, pantheon, history, memory, distillation, stream, pages):
         app.register_blueprint(module.blueprint)
     auth.check_every_view_is_guarded(app)
     return app

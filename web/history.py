@@ -1,4 +1,4 @@
-"""The history over HTTP: read what was lived through, judge it, forget it."""
+"""The history over HTTP: read what was lived through, judge it, correct it, forget it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from web.auth import requires
 from web.context import principal, runtime
 from web.errors import ApiError
 from web.jsonio import parse_body, parse_query
-from web.schemas import FeedbackBody, ForgetQuery, HistoryQuery, SessionsQuery
+from web.schemas import CorrectBody, FeedbackBody, ForgetQuery, HistoryQuery, SessionsQuery
 
 blueprint = Blueprint("history", __name__, url_prefix="/olympus")
 #: Ids are 64-bit integers in the database; a larger one is a path that does not exist.
@@ -59,6 +59,17 @@ def feedback(experience_id: int) -> ResponseReturnValue:
     if record is None:
         raise _unknown(experience_id)
     return jsonify(_shown(record))
+
+
+@blueprint.post(f"/history/{_ID}/correct")
+@requires("history:write")
+def correct(experience_id: int) -> ResponseReturnValue:
+    """Say how it should have been: a new experience takes the old one's place."""
+    body = parse_body(CorrectBody)
+    record = runtime().correct(experience_id, actor=principal().id, **body.model_dump())
+    if record is None:
+        raise _unknown(experience_id)
+    return jsonify(_shown(record)), 201
 
 
 @blueprint.get("/sessions")

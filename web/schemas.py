@@ -288,6 +288,33 @@ class FeedbackBody(_Body):
         return self
 
 
+class CorrectBody(_Body):
+    """``POST /olympus/history/<id>/correct``: the observation, the action, or both, as they should have been."""
+
+    observation: Text | None = None
+    action: Text | None = None
+    feedback: Text | None = None
+    score: Annotated[float, Field(ge=-1, le=1)] | None = 1.0
+
+    @model_validator(mode="after")
+    def _says_something(self) -> CorrectBody:
+        if self.observation is None and self.action is None:
+            raise PydanticCustomError("value_error", "give an observation, an action, or both")
+        return self
+
+
+class MemoryQuery(_Body):
+    """``GET /olympus/memory/search``. Times are UTC seconds since the epoch, as in ``created_at``."""
+
+    q: Annotated[str, StringConstraints(min_length=1, max_length=2000)]
+    domain: Annotated[str, StringConstraints(max_length=64)] | None = None
+    session: Annotated[str, StringConstraints(max_length=128)] | None = None
+    since: float | None = None
+    until: float | None = None
+    min_score: Annotated[float, Field(ge=-1, le=1)] | None = None
+    limit: Annotated[int, Field(ge=1, le=100)] = 10
+
+
 class MetricsQuery(_Body):
     """``GET /olympus/kernels/<id>/metrics``."""
 

@@ -35,6 +35,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "data_dir": str(tmp_path_factory.mktemp("data")),
         "model": {"load": False},
         "kernels": {"spawn_default": False},
+        "memory": {"episodic": {"embedding": "none"}},
         "telemetry": {"log_level": "error"},
         "server": {"api_key": KEY, "host": "0.0.0.0"},
     }

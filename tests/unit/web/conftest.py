@@ -36,6 +36,7 @@ def make_runtime(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path)
             "model": {"load": model, "name": str(tiny_model_dir), "threads": 1},
             "kernels": {"spawn_default": False},
             "server": {},
+            "memory": {"episodic": {"embedding": "none"}},  # nothing is fetched
         }
         for name, values in sections.items():
             chosen[name] = chosen.get(name, {}) | values
