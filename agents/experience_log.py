@@ -34,8 +34,11 @@ class ExperienceLog(Protocol):
     def append(self, item: NewExperience) -> Record:
         """Write down ``item``; one with a known ``request_id`` is not written again, the stored one is returned."""
 
-    def records(self) -> Sequence[Record]:
-        """The newest experiences of the domain, oldest first, without deleted ones."""
+    def records(self, limit: int | None = None) -> Sequence[Record]:
+        """The newest ``limit`` experiences of the domain (None: as many as an agent looks back on), oldest first.
+
+        Deleted ones are not among them.
+        """
 
 
 class HistoryLog:
@@ -50,9 +53,9 @@ class HistoryLog:
         """One transaction; on disk when it returns."""
         return self._history.append([item])[0]
 
-    def records(self) -> Sequence[Record]:
+    def records(self, limit: int | None = None) -> Sequence[Record]:
         """Read anew every time: deletions and corrections count at once."""
-        return self._history.page(domain=self.domain, limit=self._newest)[::-1]
+        return self._history.page(domain=self.domain, limit=self._newest if limit is None else limit)[::-1]
 
 
 class FileLog:
@@ -84,10 +87,10 @@ class FileLog:
                 append_line(self._path, json.dumps(asdict(item) | {"created_at": created}))
             return self._keep(item, record)
 
-    def records(self) -> Sequence[Record]:
-        """All of them."""
+    def records(self, limit: int | None = None) -> Sequence[Record]:
+        """See ``ExperienceLog``; None: all of them."""
         with self._lock:
-            return list(self._records)
+            return _newest(self._records, limit)
 
     def _record(self, item: NewExperience, created: float) -> Record:
         return _as_record(item, len(self._records) + 1, created)
@@ -110,9 +113,9 @@ class FrozenLog:
         """Nothing happens; the record has id 0."""
         return _as_record(item, 0, time.time())
 
-    def records(self) -> Sequence[Record]:
+    def records(self, limit: int | None = None) -> Sequence[Record]:
         """Those of the moment."""
-        return self.kept
+        return _newest(self.kept, limit)
 
 
 def freeze(log: ExperienceLog) -> FrozenLog:
@@ -138,6 +141,10 @@ def save_snapshot(log: ExperienceLog, folder: Path, snapshot_id: str) -> Path:
 def with_feedback(item: NewExperience, feedback: str | None, score: float | None) -> NewExperience:
     """``item`` with what came back for it."""
     return replace(item, feedback=feedback, score=score)
+
+
+def _newest(records: Sequence[Record], limit: int | None) -> list[Record]:
+    return list(records if limit is None else records[max(0, len(records) - limit) :])
 
 
 def _as_record(item: NewExperience, number: int, created: float) -> Record:

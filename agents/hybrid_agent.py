@@ -18,7 +18,7 @@ from agents.history_agent import prompt_builder
 from agents.kv_memory_agent import SYSTEM_PROMPT
 from lm.types import CartridgeRef, LanguageModel
 from memory.distillation.prompt_builder import Count, estimate_tokens, student_messages
-from memory.history import NewExperience
+from memory.history import NewExperience, Record
 from memory.kv_cache_memory import KVCacheMemory
 
 logger = logging.getLogger(__name__)
@@ -76,11 +76,11 @@ class HybridKVHistoryAgent(LoggingAgent):
 
     def _answer(self, observation: str) -> Act:
         cartridges = self.memory.references()
-        records = self._remembered(self.log.records())
         if not cartridges:
-            prompt = prompt_builder(self._speaker, self._count).build(observation, records)
+            memory = self._remembered(self.log.records())
+            prompt = prompt_builder(self._speaker, self._count).build(observation, memory)
             return self._speaker.say(prompt.teacher_messages, experiences=len(prompt.included))
-        recent = records[-self.config.recent :] if self.config.recent else []
+        recent = self._recent(self.config.recent)
         messages = student_messages(
             self.config.style,
             self._speaker.system_prompt,
@@ -89,6 +89,12 @@ class HybridKVHistoryAgent(LoggingAgent):
             merge_turns=self.config.merge_turns,
         )
         return self._speaker.say(messages, cartridges, len(recent))
+
+    def _recent(self, count: int) -> list[Record]:
+        """The newest ``count`` experiences; one more is read, for one of this episode that does not count."""
+        if not count:
+            return []
+        return self._remembered(self.log.records(count + 1))[-count:]
 
     def _write(self, item: NewExperience) -> None:
         super()._write(item)
