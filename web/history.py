@@ -1,4 +1,4 @@
-"""The history over HTTP: read what was lived through, judge it, correct it, forget it."""
+"""The history over HTTP: read what was lived through, add to it, judge it, correct it, forget it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from flask import Blueprint, jsonify
 from flask.typing import ResponseReturnValue
 
-from memory.history import Record
+from memory.history import NewExperience, Record
 from web.auth import requires
 from web.context import principal, runtime
 from web.errors import ApiError
 from web.jsonio import parse_body, parse_query
-from web.schemas import CorrectBody, FeedbackBody, ForgetQuery, HistoryQuery, SessionsQuery
+from web.schemas import CorrectBody, ExperienceBody, FeedbackBody, ForgetQuery, HistoryQuery, SessionsQuery
 
 blueprint = Blueprint("history", __name__, url_prefix="/olympus")
 #: Ids are 64-bit integers in the database; a larger one is a path that does not exist.
@@ -30,6 +30,15 @@ def page() -> ResponseReturnValue:
     )
     following = found[-1].id if len(found) == query.limit else None
     return jsonify({"experiences": [_shown(record) for record in found], "next_before": following})
+
+
+@blueprint.post("/history")
+@requires("history:write")
+def append() -> ResponseReturnValue:
+    """Write down what an agent elsewhere lived through; a known ``request_id`` is not written again."""
+    fields = parse_body(ExperienceBody).model_dump()
+    fields["domain"] = fields["domain"] or runtime().settings.kernels.default_domain
+    return jsonify(_shown(runtime().history.append([NewExperience(source="agent", **fields)])[0])), 201
 
 
 @blueprint.delete("/history")

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from olympus.chat_types import ChatRequest, WorkspaceWish
-from olympus.requests import Name, Text
+from olympus.requests import MAX_TEXT, Name, Text
 
 _ID_LIMIT = 2**63 - 1
 _MOST_STOPS = 4
@@ -273,6 +273,20 @@ class SessionsQuery(_Body):
     """``GET /olympus/sessions``."""
 
     limit: Annotated[int, Field(ge=1, le=500)] = 100
+
+
+class ExperienceBody(_Body):
+    """``POST /olympus/history``: something that an agent elsewhere lived through. An action may be empty text."""
+
+    observation: Text
+    action: Annotated[str, StringConstraints(max_length=MAX_TEXT), AfterValidator(_without_nul)]
+    domain: Name | None = None
+    feedback: Text | None = None
+    score: Annotated[float, Field(ge=-1, le=1)] | None = None
+    session_id: Session | None = None
+    episode_id: Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00]*\z")] | None = None
+    request_id: Session | None = None
+    meta: Annotated[dict[str, Any], Field(max_length=32)] = {}
 
 
 class FeedbackBody(_Body):

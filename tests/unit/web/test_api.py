@@ -134,6 +134,30 @@ def test_history_pages_are_walked_to_the_end(client: FlaskClient) -> None:
     assert next(item for item in sessions if item["id"] == "walk")["title"] == "q0"
 
 
+def test_what_an_agent_elsewhere_lived_through(client: FlaskClient, runtime: Runtime) -> None:
+    item = {"observation": "Which tag?", "action": "", "domain": "tags", "feedback": "Incorrect! X.", "score": 0}
+    item |= {"episode_id": "life-000001", "request_id": "life-000001/0", "meta": {"agent": "hybrid"}}
+    told = client.post("/olympus/history", json=item)
+    assert told.status_code == 201, told.text
+    assert {name: told.json[name] for name in item if name != "request_id"} | {"request_id": item["request_id"]} == item
+    assert client.post("/olympus/history", json=item | {"action": "again"}).json == told.json, "the first write wins"
+    assert runtime.history.count(domain="tags") == 1
+    record = runtime.history.get(told.json["id"])
+    assert record is not None
+    assert (record.source, record.deleted) == ("agent", False)
+    default = client.post("/olympus/history", json={"observation": "o", "action": "a"}).json
+    assert default["domain"] == runtime.settings.kernels.default_domain
+    for bad in (
+        {"action": "a"},
+        {"observation": "o"},
+        {"observation": "", "action": "a"},
+        {"observation": 1, "action": ""},
+    ):
+        assert client.post("/olympus/history", json=bad).status_code == 422
+    for bad in ({"score": 2}, {"domain": "A b"}, {"action": "\x00"}, {"episode_id": "x" * 65}, {"deleted": True}):
+        assert client.post("/olympus/history", json=item | bad).status_code == 422, bad
+
+
 def test_judging_and_forgetting(client: FlaskClient) -> None:
     body = ask(session="forget", domain="forgotten", max_tokens=2)
     first, second = (client.post("/v1/chat/completions", json=body).json["olympus"]["experience_id"] for _ in range(2))

@@ -89,6 +89,7 @@ def test_keys_open_what_their_scopes_name(guarded: Flask, key: Key) -> None:
         ("history:read", "GET", "/olympus/history", None),
         ("history:read", "GET", "/olympus/sessions", None),
         ("history:write", "DELETE", "/olympus/history/1", None),
+        ("history:write", "POST", "/olympus/history", {}),
         ("cartridges:read", "GET", "/olympus/distillation/runs", None),
         ("cartridges:write", "POST", "/olympus/distillation/runs", {}),
     ]
