@@ -21,7 +21,8 @@ from memory.distillation.replay_env import ReplayEnvironment, ReplayItem
 from memory.distillation.rows import Row, RowMessage, flatten_topk
 from memory.distillation.self_study import clean_question, question_messages
 from memory.distillation.strategies.base import Sample
-from memory.distillation.teaching import Teacher
+from memory.distillation.teaching import Refused, Teacher
+from workspace.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,8 @@ class RowMaker:
             item = self._replay.item(sample)
         except ObservationTooLong as error:
             return Outcome(name, None, str(error), bad=True)
+        except RequestError as error:  # the template does not take such turns
+            raise Refused(f"{error}; if roles must alternate, set data.merge_turns: true") from error
         reply, trace = self._ask(item.prompt)
         if self._config.data.filter_incorrect and item.gold is not None and not same_answer(reply.text, item.gold):
             return Outcome(name, None, "the teacher's answer contradicts the feedback")

@@ -24,6 +24,7 @@ from memory.history import Record
 from storage import files
 from tests.support.experiences import record, tagged
 from tests.support.teachers import Messages, RuleTeacher
+from workspace.errors import InvalidPrompt
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -319,6 +320,14 @@ def test_a_teacher_that_refuses_everything_ends_the_run_and_settles_nothing(tmp_
         made(tmp_path / "few", tagged(2), teacher=RuleTeacher(failures=[InvalidCall("no")] * 2))
     report, _ = made(tmp_path, tagged(8))
     assert (report.resumed, report.rows, report.bad) == (0, 8, [])
+
+
+def test_a_template_that_takes_no_such_turns_is_said_with_what_to_do(tmp_path: Path) -> None:
+    def count(messages: Any) -> int:
+        raise InvalidPrompt("Conversation roles must alternate")
+
+    with pytest.raises(TeacherRefused, match=r"must alternate; .* set data\.merge_turns: true"):
+        made(tmp_path, tagged(8), count=count)
 
 
 def test_an_empty_answer_and_a_long_observation_are_bad_rows(tmp_path: Path) -> None:
