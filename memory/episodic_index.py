@@ -150,4 +150,5 @@ class EpisodicIndex:
             assert len(self._words) == len(self._catalog) + len(self._catalog.fading)
         if self._vectors is not None:
             assert len(self._vectors) == len(self._embedded)
-            assert not [known for known in self._embedded if known not in self._catalog]
+            fading = dict(self._catalog.fading)
+            assert not [known for known in self._embedded if known not in self._catalog and known not in fading]

