@@ -1,21 +1,25 @@
 """The agent that looks up the k nearest experiences and puts them into the prompt: what a memory has to be better than.
 
-Nearness is whatever ``nearest`` says: ``WordNearest`` compares words (BM25), an episodic memory compares embeddings.
-The nearest stands last, next to the observation.
+Nearness is whatever ``nearest`` says: ``WordNearest`` compares words (BM25), ``episodic_nearest`` asks the episodic
+memory, which compares meanings as well. The nearest stands last, next to the observation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from agents.base import Act, AgentConfig, LoggingAgent, Speaker
 from agents.experience_log import ExperienceLog, FrozenLog
 from agents.history_agent import prompt_builder
 from lm.types import LanguageModel
+from memory.catalog import Filters
 from memory.distillation.prompt_builder import Count, estimate_tokens
-from memory.history import Record
+from memory.history import History, Record
 from memory.recall import WordIndex
+
+if TYPE_CHECKING:  # faiss is imported by whoever has one
+    from memory.episodic import EpisodicMemory
 
 #: ``nearest(observation, limit)``: at most ``limit`` experiences, nearest first.
 Nearest = Callable[[str, int], Sequence[Record]]
@@ -40,6 +44,23 @@ class WordNearest:
         if self._words is None:
             return ()
         return [self._records[place] for place, _ in self._words.best(observation, limit)]
+
+
+def episodic_nearest(episodic: EpisodicMemory, history: History) -> Callable[[ExperienceLog], Nearest]:
+    """The search of an ``EpisodicMemory`` over ``history``, for ``KNNAgent(make_nearest=...)``.
+
+    It finds what its follower has indexed, which is a moment behind the history.
+    """
+
+    def make(log: ExperienceLog) -> Nearest:
+        def nearest(observation: str, limit: int) -> Sequence[Record]:
+            found = [item.experience.id for item in episodic.search(observation, Filters(domain=log.domain), limit)]
+            records = {record.id: record for record in history.many(found)}
+            return [records[number] for number in found if number in records and not records[number].deleted]
+
+        return nearest
+
+    return make
 
 
 class KNNAgent(LoggingAgent):

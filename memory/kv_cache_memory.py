@@ -27,11 +27,17 @@ class KVMemoryError(ValueError):
     """The memory was asked for something it cannot do; the message says what to do instead."""
 
 
-class ServingCartridge(Protocol):
-    """Who knows the serving cartridge of a domain: a registry, or a server that has one."""
+class _Named(Protocol):
+    @property
+    def id(self) -> str:
+        """Of a cartridge."""
 
-    def serving(self, domain: str) -> CartridgeRef | None:
-        """The cartridge of ``domain`` that is served now; None when there is none."""
+
+class ServingCartridge(Protocol):
+    """Who knows the serving cartridge of a domain: the registry of this process, or a server that has one."""
+
+    def serving(self, domain: str) -> _Named | None:
+        """The cartridge of ``domain`` that is served now, or its row; None when there is none."""
 
 
 class _CartridgeEntry(BaseModel):
@@ -89,7 +95,7 @@ class KVCacheMemory:
         if self._source is not None and self.domain is not None:
             serving = self._source.serving(self.domain)
             if serving is not None:
-                return (serving,)
+                return (serving if isinstance(serving, CartridgeRef) else CartridgeRef(serving.id),)
         with self._lock:
             return self._cartridges
 

@@ -10,17 +10,20 @@ import pytest
 
 from agents.base import AgentConfig, Feedback, MemoryAgent
 from agents.errors import AgentConfigError, NoCartridge, OutOfTurn, UnknownAgent
-from agents.experience_log import FileLog
+from agents.experience_log import FileLog, HistoryLog
 from agents.history_agent import HistoryAgent
 from agents.hybrid_agent import HybridKVHistoryAgent
-from agents.knn_agent import KNNAgent
+from agents.knn_agent import KNNAgent, episodic_nearest
 from agents.kv_memory_agent import SYSTEM_PROMPT, KVMemoryAgent
 from agents.registry import AGENTS, make_agent
 from lm.engine_client import EngineClient
 from lm.types import CartridgeRef
 from memory.distillation.prompt_builder import student_messages, teacher_messages
-from memory.history import NewExperience
+from memory.episodic import EpisodicMemory, EpisodicOptions
+from memory.history import History, NewExperience
 from memory.kv_cache_memory import KVCacheMemory
+from storage import migrate
+from storage.database import Database
 from tests.unit.agents.conftest import Bookkeeper
 
 ONE, TWO = CartridgeRef("bank_v0001"), CartridgeRef("bank_v0002")
@@ -116,6 +119,31 @@ def test_the_knn_agent_shows_the_nearest_last() -> None:
     assert agent.act("stolen card and lost").experiences == 2, "the new one is found at once"
     assert lm.asked[1][-2]["content"] == "Correct!"
     assert KNNAgent(lm, FileLog("bank")).act("anything").experiences == 0
+
+
+def test_the_knn_agent_on_the_episodic_memory(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/test.db")
+    migrate.upgrade(database)
+    history = History(database)
+    episodic = EpisodicMemory(database, history, EpisodicOptions(embedding="none"), default_domain="bank")
+    episodic.start()
+    try:
+        log, lm = HistoryLog(history, "bank"), Bookkeeper("STOLEN")
+        for text in ("my card was stolen", "the exchange rate of euros"):
+            log.append(NewExperience(text, text.upper(), "bank", "test"))
+        history.append([NewExperience("my card was stolen, too", "ELSEWHERE", "other", "test")])
+        assert episodic.wait_until_settled()
+        agent = KNNAgent(lm, log, AgentConfig(neighbours=2), make_nearest=episodic_nearest(episodic, history))
+        agent.act("stolen card")
+        assert lm.asked[0] == teacher_messages("turns", "", "stolen card", log.records()[:1])
+        frozen = agent.clone_for_episode(training=False)
+        agent.observe(RIGHT)
+        assert episodic.wait_until_settled()
+        assert frozen.act("stolen card").experiences == 1
+        assert agent.act("stolen card").experiences == 2
+    finally:
+        episodic.stop()
+        database.close()
 
 
 # Writing.

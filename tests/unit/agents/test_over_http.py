@@ -43,8 +43,9 @@ class FakeOlympus:
     def __call__(self, asked: Asked) -> Answer:
         path, query = urlsplit(asked.path).path, parse_qs(urlsplit(asked.path).query)
         if path == "/olympus/cartridges":
-            assert query == {"domain": ["bank"], "state": ["serving"]}
-            return Answer({"cartridges": self.serving})
+            assert query == {"domain": ["bank"]}
+            old = {"id": "bank_v0000", "domain": "bank", "state": "retired"}
+            return Answer({"cartridges": [*self.serving, old]} if isinstance(self.serving, list) else {})
         if path == "/olympus/history" and asked.method == "POST":
             if extra := set(asked.body) - FIELDS:
                 return Answer({"detail": f"unknown {extra}"}, 422)

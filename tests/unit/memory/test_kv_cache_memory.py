@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -83,6 +84,14 @@ def test_it_follows_the_domains_serving_cartridge() -> None:
     assert frozen.references() == (TWO,), "an evaluation keeps what it began with"
     with pytest.raises(KVMemoryError, match="domain"):
         KVCacheMemory(source=shelf)
+
+
+def test_a_registry_may_answer_with_its_row() -> None:
+    class Registry:
+        def serving(self, domain: str) -> SimpleNamespace:
+            return SimpleNamespace(id=f"{domain}_v0007", domain=domain, state="serving")
+
+    assert KVCacheMemory(domain="bank", source=Registry()).references() == (CartridgeRef("bank_v0007"),)
 
 
 def test_snapshot_round_trip(tmp_path: Path) -> None:
