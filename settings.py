@@ -208,6 +208,14 @@ class MemorySettings(_Section):
     episodic: EpisodicSettings = Field(default_factory=EpisodicSettings)
 
 
+class CartridgeSettings(_Section):
+    """Trained prefixes: how many serve one request, and what they may take."""
+
+    most_per_request: int = Field(2, ge=1, le=16, description="Cartridges that one request may name.")
+    memory_bytes: int = Field(1 << 30, ge=0, description="Cartridges kept in memory; the longest unused leave.")
+    import_max_bytes: int = Field(512 << 20, ge=1 << 10, description="Largest cartridge file that can be imported.")
+
+
 class DistillationSettings(_Section):
     """When the history of a domain is distilled into a cartridge, and how hard that may work."""
 
@@ -240,6 +248,7 @@ class Settings(_Section):
     workspace: WorkspaceConfig = Field(default_factory=WorkspaceConfig)
     kernels: KernelSettings = Field(default_factory=KernelSettings)
     memory: MemorySettings = Field(default_factory=MemorySettings)
+    cartridges: CartridgeSettings = Field(default_factory=CartridgeSettings)
     distillation: DistillationSettings = Field(default_factory=DistillationSettings)
     telemetry: TelemetrySettings = Field(default_factory=TelemetrySettings)
 
@@ -254,6 +263,11 @@ class Settings(_Section):
         if self.database.url is None:
             return f"sqlite:///{self.data_dir / 'olympus.db'}"
         return normalise_database_url(self.database.url.get_secret_value())
+
+    @property
+    def cartridge_dir(self) -> Path:
+        """Where cartridges live."""
+        return self.data_dir / "cartridges"
 
     @property
     def kernel_dir(self) -> Path:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from memory.history import History, Record
+from olympus.chat_cartridges import ChatCartridges
 from olympus.chat_record import from_record, observation, request_id, to_experience
 from olympus.chat_types import (
     ChatFinished,
@@ -31,6 +32,7 @@ from olympus.chat_types import (
     ModelCard,
     ModelNotFound,
     RequestInProgress,
+    Step,
     TokenInfo,
 )
 from olympus.chat_workspace import Baseline, Side, seeded
@@ -43,7 +45,7 @@ if TYPE_CHECKING:  # torch is imported by whoever loads the model
     from workspace.engine import Engine
     from workspace.generation import Finished, Generation, TokenChunk
     from workspace.run import WorkspaceRun
-    from workspace.sampling import SamplingParams
+    from workspace.sampling import SamplingParams, TokenLogprob
 
 log = structlog.get_logger(__name__)
 
@@ -60,12 +62,14 @@ class ChatService:
         history: History,
         hub: EventHub,
         workbench_provider: Callable[[], Workbench] = lambda: Workbench(None, "this server has none"),
+        cartridges: ChatCartridges | None = None,
     ) -> None:
         self._engine_settings = settings.engine
         self._default_domain = settings.kernels.default_domain
         self._log_prompts = settings.telemetry.log_prompts
         self._engine_provider = engine_provider
         self._workbench_provider = workbench_provider
+        self._cartridges = cartridges
         self._history = history
         self._hub = hub
         self._lock = threading.Lock()
@@ -79,8 +83,8 @@ class ChatService:
     def open(self, request: ChatRequest) -> ChatRun:
         """Queue a request, or find the recorded answer of its first try. ``close()`` what this returns.
 
-        Raises ``ModelNotReady``, ``ModelNotFound``, ``IdempotencyKeyReused``, ``RequestInProgress``, and what
-        ``workspace.Engine.submit`` raises.
+        Raises ``ModelNotReady``, ``ModelNotFound``, ``IdempotencyKeyReused``, ``RequestInProgress``,
+        ``CartridgeUnusable``, and what ``workspace.Engine.submit`` raises.
         """
         engine = self._engine_provider()
         card = _card(engine)
@@ -106,16 +110,19 @@ class ChatService:
         messages: list[Mapping[str, Any]] = [_for_template(message, template) for message in request.messages]
         params = seeded(self._sampling(request), request.workspace)
         options: dict[str, Any] = {"tools": request.tools or None, "reasoning_effort": request.reasoning_effort}
+        used: tuple[str, ...] = ()
+        if self._cartridges is not None and (found := self._cartridges.prefix(engine.loaded, request.cartridges)):
+            options["prefix"], used = found  # its own until it ends, whatever is promoted meanwhile
         workbench = self._workbench_provider()
         domain, said = request.domain or self._default_domain, observation(request.messages)
         run = workbench.run(request.workspace, session=request.session_id, domain=domain, question=said)
         if run is None:
-            return _Submitted(engine.submit(messages, params, **options))
+            return _Submitted(engine.submit(messages, params, **options), cartridges=used)
         steered = engine.submit(workbench.with_memories(messages, run), params, request_context=run, **options)
         if request.workspace is None or not request.workspace.compare:
-            return _Submitted(steered, run)
+            return _Submitted(steered, run, cartridges=used)
         try:
-            return _Submitted(steered, run, Baseline(engine.submit(messages, params, **options)))
+            return _Submitted(steered, run, Baseline(engine.submit(messages, params, **options)), used)
         except BaseException:
             steered.cancel()
             raise
@@ -137,6 +144,7 @@ class ChatService:
             stop=request.stop,
             logprobs=request.logprobs,
             top_logprobs=request.top_logprobs,
+            ignore_eos=request.ignore_eos,
             **given,
         )
 
@@ -182,11 +190,12 @@ class ChatService:
 
 @dataclass(frozen=True)
 class _Submitted:
-    """A generation, the workspace that serves it, and the other side of a comparison."""
+    """A generation, the workspace that serves it, the other side of a comparison, and its cartridges."""
 
     generation: Generation
     workspace: WorkspaceRun | None = None
     baseline: Baseline | None = None
+    cartridges: tuple[str, ...] = ()
 
 
 class ChatRun:
@@ -212,7 +221,9 @@ class ChatRun:
         self._generation = None if submitted is None else submitted.generation
         self._workspace = None if submitted is None else submitted.workspace
         self._baseline = None if submitted is None else submitted.baseline
+        self._cartridges = () if submitted is None else submitted.cartridges
         self._logprobs: list[float] = []
+        self._steps: list[Step] | None = [] if request.exact else None
         self._replay = replay
         self._deadline = time.monotonic() + service._engine_settings.request_timeout_seconds
         self._timed_out = False
@@ -311,6 +322,9 @@ class ChatRun:
             workspace=None if report is None else report.to_json(),
             trace=None if report is None else report.trace,
             compare=compare,
+            cartridges=self._cartridges,
+            cartridge_slots=finished.usage.cartridge_slots,
+            steps=self._all_steps(finished),
         )
         if self._workspace is not None:
             self._workspace.save()  # like the exchange, before anybody is told that it is finished
@@ -327,6 +341,8 @@ class ChatRun:
         tokens: tuple[TokenInfo, ...] = ()
         if chunk.logprob is not None:
             self._logprobs.append(chunk.logprob)
+        if self._steps is not None and chunk.token_id is not None:
+            self._steps.append(_step(chunk.token_id, chunk.logprob, chunk.top_logprobs))
         asked = self.request.logprobs and chunk.logprob is not None
         if asked and chunk.logprob is not None and chunk.token_id is not None and chunk.channel == "content":
             top = tuple(self._token(item.token_id, item.logprob) for item in chunk.top_logprobs)
@@ -337,9 +353,20 @@ class ChatRun:
             return None
         return Delta(chunk.text, tokens, chunk.reasoning, calls)
 
+    def _all_steps(self, finished: Finished) -> tuple[Step, ...] | None:
+        """Every token, and the one that ended the answer."""
+        if self._steps is None:
+            return None
+        end = finished.ending
+        return (*self._steps, *([] if end is None else [_step(end.token_id, end.logprob, end.top_logprobs)]))
+
     def _token(self, token_id: int, logprob: float, top: tuple[TokenInfo, ...] = ()) -> TokenInfo:
         text: str = self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
         return TokenInfo(text, logprob, None if "\ufffd" in text else tuple(text.encode()), top)
+
+
+def _step(token_id: int, logprob: float | None, top: Sequence[TokenLogprob]) -> Step:
+    return Step(token_id, logprob, tuple((item.token_id, item.logprob) for item in top))
 
 
 def _card(engine: Engine) -> ModelCard:

@@ -54,6 +54,8 @@ def from_record(record: Record) -> tuple[Delta, ChatFinished]:
         reasoning_tokens=record.meta.get("reasoning_tokens"),
         tool_calls=calls,
         workspace=record.meta.get("workspace"),
+        cartridges=tuple(record.meta.get("cartridges", ())),
+        cartridge_slots=record.meta.get("cartridge_slots", 0),
     )
     return Delta(record.action, reasoning=reasoning, tool_calls=told), finished
 
@@ -89,6 +91,8 @@ def _meta(request: ChatRequest, model: ModelCard, key: str | None, finished: Cha
         ]
     if finished.workspace is not None:
         meta["workspace"] = dict(finished.workspace)
+    if finished.cartridges:
+        meta["cartridges"], meta["cartridge_slots"] = list(finished.cartridges), finished.cartridge_slots
     if key is not None:
         meta["request_sha256"] = request.fingerprint()
     return meta

@@ -61,10 +61,20 @@ class WorkspaceWish:
 
 
 @dataclass(frozen=True, slots=True)
+class CartridgeWish:
+    """A cartridge that shall serve: an id, or a domain, which means the one that serves it now."""
+
+    id: str
+    source: Literal["local", "wandb", "huggingface"] = "local"
+    force_redownload: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ChatRequest:
     """What a client wants. None means: as the settings say. ``messages`` hold plain text contents.
 
-    ``reasoning_effort`` counts for models that know it; ``tools`` are OpenAI's objects.
+    ``reasoning_effort`` counts for models that know it; ``tools`` are OpenAI's objects. ``exact`` asks for every token
+    with its id, the ending one included (``ChatFinished.steps``).
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -84,6 +94,9 @@ class ChatRequest:
     tools: tuple[Mapping[str, Any], ...] = ()
     reasoning_effort: str | None = None
     workspace: WorkspaceWish | None = None
+    cartridges: tuple[CartridgeWish, ...] = ()
+    ignore_eos: bool = False
+    exact: bool = False
     session_id: str | None = None
     domain: str | None = None
     idempotency_key: str | None = None
@@ -93,10 +106,13 @@ class ChatRequest:
         """Hex SHA-256 of what decides the answer; equal for a true retry."""
         content = {field.name: getattr(self, field.name) for field in fields(self)}
         del content["idempotency_key"], content["actor"]
-        for younger in ("tools", "reasoning_effort", "workspace"):  # the digests of older requests know nothing of them
+        for younger in _YOUNGER:  # the digests of older requests know nothing of them
             if not content[younger]:
                 del content[younger]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+_YOUNGER = ("tools", "reasoning_effort", "workspace", "cartridges", "ignore_eos", "exact")
 
 
 def _plain(value: Any) -> Any:
@@ -129,6 +145,15 @@ class TokenInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """One token as the model chose it: its id, and with log-probabilities those of the most probable, by id."""
+
+    token_id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What is certain now, and the tokens behind the text when log-probabilities were asked for."""
 
@@ -144,6 +169,7 @@ class ChatFinished:
 
     ``reasoning_tokens`` is None for models that have no channel for reasoning. ``workspace`` is what the workspace did,
     ``trace`` its numbers for every token, ``compare`` both answers; each None where it was not asked for.
+    ``cartridges`` are the ids that served, ``cartridge_slots`` what was attended of them.
     """
 
     finish_reason: FinishReason
@@ -161,3 +187,6 @@ class ChatFinished:
     workspace: Mapping[str, Any] | None = None
     trace: Sequence[Mapping[str, Any]] | None = None
     compare: Mapping[str, Any] | None = None
+    cartridges: tuple[str, ...] = ()
+    cartridge_slots: int = 0
+    steps: tuple[Step, ...] | None = None

@@ -17,11 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
 
+from memory.cartridges.registry import CartridgeRegistry
+from memory.cartridges.shelf import CartridgeShelf
 from memory.episodic import EpisodicMemory
 from memory.history import History, Record
 from olympus.access import KeyStore
 from olympus.admission import Admission
+from olympus.cartridge_desk import CartridgeDesk
 from olympus.chat import ChatService
+from olympus.chat_cartridges import ChatCartridges
 from olympus.distillery import Distillery
 from olympus.errors import ModelNotReady
 from olympus.remembering import MemoryDisabled, make_memory
@@ -69,11 +73,32 @@ class Runtime:
         self.zeus = Zeus(
             settings, self.database, self.history, self.hub, self.stop_event, serving_busy=self._engine_is_busy
         )
-        self.chat = ChatService(settings, lambda: self.engine, self.history, self.hub, lambda: self.workbench)
+        self.cartridges = CartridgeRegistry(self.database, settings.cartridge_dir)
+        self.shelf = CartridgeShelf(self.cartridges, settings.cartridges.memory_bytes)
+        self.cartridge_desk = CartridgeDesk(
+            self.cartridges,
+            self.shelf,
+            self.hub,
+            lambda: self.engine.loaded,
+            settings.cartridges.import_max_bytes,
+        )
+        self.chat = ChatService(
+            settings,
+            lambda: self.engine,
+            self.history,
+            self.hub,
+            lambda: self.workbench,
+            ChatCartridges(self.shelf, settings.cartridges.most_per_request),
+        )
         self._lock = files.DataDirLock(settings.data_dir)
         self._engine: Engine | None = None
         self.distillery = Distillery(
-            settings.distillation, self.database, self.history, self.hub, settings.data_dir / "distillation"
+            settings.distillation,
+            self.database,
+            self.history,
+            self.hub,
+            settings.data_dir / "distillation",
+            is_stale=self.cartridge_desk.is_stale,
         )
         self._memory = make_memory(settings, self.database, self.history, self._somebody_waits)
         self.workbench = Workbench(None, "no model is loaded")
@@ -104,6 +129,7 @@ class Runtime:
             for leftover in files.sweep_partials(self.settings.data_dir):  # Zeus sweeps his own folder
                 log.info("removed what an interrupted write left", name=leftover.name)
             self.cookie_secret = self._load_cookie_secret()
+            self.cartridge_desk.recover()
             self.history.subscribe(self._announce_history)
             if self._memory is not None:
                 self._memory.start()
@@ -159,11 +185,15 @@ class Runtime:
 
     def correct(self, experience_id: int, *, actor: str, **fields: Any) -> Record | None:
         """Put a corrected experience in another one's place; ``History.correct`` says what ``fields`` may be."""
-        return correct_experience(self.history, self.workbench, experience_id, actor=actor, **fields)
+        corrected = correct_experience(self.history, self.workbench, experience_id, actor=actor, **fields)
+        self.cartridge_desk.refresh_stale(actor)
+        return corrected
 
     def forget(self, *, actor: str, **which: Any) -> int:
         """Delete experiences and what sessions keep of them; ``History.delete`` says what ``which`` may be."""
-        return forget_experiences(self.history, self.workbench, actor=actor, **which)
+        count = forget_experiences(self.history, self.workbench, actor=actor, **which)
+        self.cartridge_desk.refresh_stale(actor)
+        return count
 
     def _take_data_directory(self, heartbeat: Callable[[], None]) -> None:
         """A predecessor of the same arbiter (a reload) may still drain: wait for it; anybody else is an error."""

@@ -16,6 +16,7 @@ from settings import ROOT, Settings, load_settings
 from telemetry.metrics import EngineTotals, Metrics, Sources
 from web import (
     auth,
+    cartridges,
     distillation,
     errors,
     headers,
@@ -28,6 +29,7 @@ from web import (
     pages,
     pantheon,
     stream,
+    tokasaurus,
 )
 from web.assets import Assets
 from web.jsonio import JsonProvider
@@ -49,12 +51,18 @@ def create_app(settings: Settings | None = None, runtime: Runtime | None = None)
     app.json = JsonProvider(app)
     app.config["MAX_CONTENT_LENGTH"] = server.max_body_bytes
     app.config["MAX_FORM_MEMORY_SIZE"] = min(server.max_body_bytes, 64 << 10)
-    app.url_map.converters.update(kernel=kernels.KernelId, checkpoint=kernels.CheckpointName, run=distillation.RunId)
+    app.url_map.converters.update(
+        kernel=kernels.KernelId,
+        checkpoint=kernels.CheckpointName,
+        run=distillation.RunId,
+        cartridge=cartridges.CartridgeId,
+    )
     if server.trusted_proxies > 0:
         hops = server.trusted_proxies
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]
     _install(app, runtime)
-    for module in (ops, openai, kernels, kernel_files, pantheon, history, memory, distillation, stream, pages):
+    kept = (kernels, kernel_files, pantheon, history, memory, cartridges, distillation)
+    for module in (ops, openai, tokasaurus, *kept, stream, pages):
         app.register_blueprint(module.blueprint)
     auth.check_every_view_is_guarded(app)
     return app

@@ -30,7 +30,7 @@ from web.origin import SAFE_METHODS, HostGuard, check_cross_site
 from web.sessions import SessionCookies
 
 #: Routes that answer without authentication. Probes say nothing but whether the server works.
-PROBES = frozenset({"ops.healthz", "ops.readyz"})
+PROBES = frozenset({"ops.healthz", "ops.readyz", "tokasaurus.ping"})
 OPEN = PROBES | {"static", "pages.login", "pages.sign_in"}
 #: For views that any authenticated principal may use: the pages, whose data needs scopes of its own.
 ANY = "any"

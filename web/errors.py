@@ -1,9 +1,9 @@
 """One place that turns whatever went wrong into an answer, in the dialect of the path.
 
-``/v1/*`` speaks OpenAI's error shape, pages get a small HTML page, everything else ``application/problem+json``
-(RFC 9457, with ``code``, ``request_id`` and ``errors``). Domain exceptions bring their status and code themselves
-(``olympus.errors``); those of the engine, which knows no HTTP, are listed here. The text of an unexpected exception
-never leaves the server: the client gets the request id, the log gets the traceback.
+``/v1/*`` and ``/custom/*`` speak OpenAI's error shape, pages get a small HTML page, everything else
+``application/problem+json`` (RFC 9457, with ``code``, ``request_id`` and ``errors``). Domain exceptions bring their
+status and code themselves (``olympus.errors``); those of the floors below, which know no HTTP, are listed here. The
+text of an unexpected exception never leaves the server: the client gets the request id, the log gets the traceback.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jinja2 import TemplateNotFound
 from markupsafe import escape
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
+from memory.cartridges import errors as cartridges
 from memory.history import HistoryError
 from olympus.errors import OlympusError
 from storage.errors import StorageError
@@ -28,7 +29,7 @@ from workspace.errors import EngineBusy, EngineStopped, PromptTooLong, RequestEr
 
 log = structlog.get_logger(__name__)
 
-_API_PREFIXES = ("/olympus/", "/healthz", "/readyz", "/metrics", "/static/")
+_API_PREFIXES = ("/olympus/", "/custom/", "/ping", "/healthz", "/readyz", "/metrics", "/static/")
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -120,9 +121,30 @@ def _of_domain(error: Exception) -> Problem | None:
         return Problem(503, "server_stopping", "the model is not running; the server is stopping", retry_after=5.0)
     if isinstance(error, HistoryError):
         return Problem(422, "invalid_request", str(error))
+    if isinstance(error, cartridges.CartridgeError):
+        return _of_cartridge(error)
     if isinstance(error, StorageError):
         return Problem(503, "storage_unavailable", "the database cannot be used now; try again", retry_after=5.0)
     return None
+
+
+_CARTRIDGE_PROBLEMS: dict[type[cartridges.CartridgeError], tuple[int, str]] = {
+    cartridges.InvalidCartridgeId: (422, "invalid_request"),
+    cartridges.CartridgeNotFound: (404, "cartridge_not_found"),
+    cartridges.CartridgeConflict: (409, "invalid_action"),
+    cartridges.CartridgeMismatch: (409, "cartridge_mismatch"),
+    cartridges.CartridgeFileInvalid: (422, "invalid_cartridge_file"),
+    cartridges.CartridgeNotExportable: (409, "not_exportable"),
+}
+
+
+def _of_cartridge(error: cartridges.CartridgeError) -> Problem:
+    for kind, (status, code) in _CARTRIDGE_PROBLEMS.items():
+        if isinstance(error, kind):
+            return Problem(status, code, str(error))
+    # Damage is ours, and its message names places on this machine: the log has it.
+    detail = "a file of the cartridge is missing or altered; the server's log names it"
+    return Problem(500, "cartridge_damaged", detail)
 
 
 def _of_http(error: HTTPException) -> Problem:
@@ -136,7 +158,8 @@ def _of_http(error: HTTPException) -> Problem:
     elif isinstance(error, RequestEntityTooLarge):
         limit = request.max_content_length
         usual = limit == current_app.config["MAX_CONTENT_LENGTH"]
-        setting = "server.max_body_bytes" if usual else "kernels.import_max_bytes"
+        kind = "cartridges" if request.blueprint == "cartridges" else "kernels"
+        setting = "server.max_body_bytes" if usual else f"{kind}.import_max_bytes"
         detail = f"the body is larger than {limit} bytes, which is the limit ({setting})"
     elif type(error) is NotFound and error.description == NotFound.description:
         detail = f"there is nothing at {request.path}"
@@ -145,7 +168,7 @@ def _of_http(error: HTTPException) -> Problem:
 
 def respond(problem: Problem) -> Response:
     """``problem`` in the dialect of the current request's path."""
-    if request.path == "/v1" or request.path.startswith("/v1/"):
+    if request.path == "/v1" or request.path.startswith(("/v1/", "/custom/")):
         response = _json(openai_error(problem, request_id()), _openai_status(problem), "application/json")
     elif _wants_page():
         response = Response(_page(problem), problem.status, mimetype="text/html")

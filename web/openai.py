@@ -63,7 +63,11 @@ def model(model_id: str) -> ResponseReturnValue:
 @requires("chat")
 def chat_completions() -> ResponseReturnValue:
     """Answer a conversation."""
-    body = parse_body(ChatBody)
+    return answer(parse_body(ChatBody))
+
+
+def answer(body: ChatBody) -> ResponseReturnValue:
+    """The answer to ``body``, streamed or not. Also for the routes of Tokasaurus."""
     if runtime().stop_event.is_set():
         raise NotReady("the server is stopping")
     slot = runtime().admission.chat()
@@ -137,7 +141,8 @@ def _whole(exchange: _Exchange, wire: Wire, headers: dict[str, str]) -> Response
                 if event.finish_reason == "cancelled":
                     raise _cut_off()
                 tokens = [token for delta in deltas for token in delta.tokens]
-                asked = exchange.run.request.logprobs and not event.replayed
+                wanted = exchange.run.request
+                asked = wanted.logprobs and not wanted.exact and not event.replayed
                 response = jsonify(wire.completion(event, tokens if asked else None))
                 response.headers.update(headers)
                 return response

@@ -6,12 +6,15 @@ give out, goes by both names that clients look for, ``reasoning_content`` and ``
 
 from __future__ import annotations
 
+import base64
+import json
+import struct
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from olympus.chat_types import ChatFinished, Delta, ModelCard, TokenInfo
+from olympus.chat_types import ChatFinished, Delta, ModelCard, Step, TokenInfo
 from workspace.channels import ToolCallDelta
 
 #: OpenAI knows no time limit; to a client it is a limit on the length like any other. ``olympus`` says which it was.
@@ -54,6 +57,8 @@ class Wire:
             "finish_reason": _finish(finished),
         }
         whole = self._head("chat.completion") | {"choices": [choice], "usage": usage(finished)}
+        if finished.steps is not None:
+            whole["system_fingerprint"] = packed(finished.steps)
         return whole | {"olympus": ours(finished)}
 
     def first(self) -> dict[str, Any]:
@@ -120,9 +125,32 @@ def usage(finished: ChatFinished) -> dict[str, Any]:
     }
     if finished.reasoning_tokens is not None:
         counts["completion_tokens_details"] = {"reasoning_tokens": finished.reasoning_tokens}
+    if finished.cartridge_slots:  # attended, but no prompt tokens: never hidden
+        counts["cartridge_slots"] = finished.cartridge_slots
     if finished.workspace is not None:
         counts["workspace"] = dict(finished.workspace)
     return counts
+
+
+def packed(steps: Sequence[Step]) -> str:
+    """Tokasaurus' packed fingerprint: JSON text with base64 of little-endian numbers, for exact ids and numbers.
+
+    As ``lm.fingerprint`` reads it. What was not asked for is null.
+    """
+    ids, width = [step.token_id for step in steps], min((len(step.top) for step in steps), default=0)
+    chosen = [step.logprob for step in steps if step.logprob is not None]
+    top = [pair for step in steps for pair in step.top[:width]]
+    told = {
+        "completion_ids": [ids],
+        "packed_chosen_logprobs": [_base64("f", chosen)] if len(chosen) == len(ids) and ids else None,
+        "packed_topk_indices": [_base64("i", [token for token, _ in top])] if top else None,
+        "packed_topk_logprobs": [_base64("f", [value for _, value in top])] if top else None,
+    }
+    return json.dumps(told)
+
+
+def _base64(kind: str, values: Sequence[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(values)}{kind}", *values)).decode("ascii")
 
 
 def logprobs(tokens: Sequence[TokenInfo] | None) -> dict[str, Any] | None:
@@ -142,6 +170,8 @@ def ours(finished: ChatFinished) -> dict[str, Any]:
         "ended_by": finished.finish_reason,
         "replayed": finished.replayed,
     }
+    if finished.cartridges:
+        told["cartridges"] = list(finished.cartridges)
     for name in ("trace", "compare"):
         value = getattr(finished, name)
         if value is not None:

@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from olympus.chat_types import ChatRequest, WorkspaceWish
 from olympus.requests import MAX_TEXT, Name, Text
+from web.cartridge_requests import CartridgeList, take_tags
 
 _ID_LIMIT = 2**63 - 1
 _MOST_STOPS = 4
@@ -155,6 +156,7 @@ class OlympusOptions(_Body):
     session: Session | None = None
     domain: Name | None = None
     workspace: Workspace = None
+    cartridges: CartridgeList | None = None
 
 
 class ChatBody(_Body):
@@ -180,6 +182,9 @@ class ChatBody(_Body):
     session: Session | None = None
     domain: Name | None = None
     workspace: Workspace = None
+    cartridges: CartridgeList | None = None
+    logprobs_in_fingerprint: bool | None = None
+    ignore_eos: bool | None = None
     olympus: OlympusOptions | None = None
     n: Annotated[Any, _only(1)] = None
     response_format: Annotated[Any, _only({"type": "text"})] = None
@@ -204,17 +209,21 @@ class ChatBody(_Body):
     prompt_cache_options: Ignored = None
     prompt_cache_retention: Ignored = None
     safety_identifier: Ignored = None
+    apply_chat_template_overrides: Unsupported = None
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> ChatBody:
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("value_error", "stream_options is only possible when stream is true")
+        if self.logprobs_in_fingerprint and self.stream:
+            raise PydanticCustomError("value_error", "logprobs_in_fingerprint is only possible without stream")
         inner = self.olympus or OlympusOptions()
         for name, one, other in (
             ("max_tokens and max_completion_tokens", self.max_tokens, self.max_completion_tokens),
             ("session and olympus.session", self.session, inner.session),
             ("domain and olympus.domain", self.domain, inner.domain),
             ("workspace and olympus.workspace", self.workspace, inner.workspace),
+            ("cartridges and olympus.cartridges", self.cartridges, inner.cartridges),
         ):
             if one is not None and other is not None and one != other:
                 raise PydanticCustomError("value_error", "{name} differ; give one of them", {"name": name})
@@ -229,8 +238,10 @@ class ChatBody(_Body):
         """What the chat service takes."""
         inner = self.olympus or OlympusOptions()
         wish = self.workspace or inner.workspace
+        messages, tagged = take_tags([message.to_template() for message in self.messages])
+        named = tuple(item.to_wish() for item in self.cartridges or inner.cartridges or ())
         return ChatRequest(
-            messages=tuple(message.to_template() for message in self.messages),
+            messages=messages,
             model=self.model,
             max_tokens=self.max_completion_tokens if self.max_tokens is None else self.max_tokens,
             temperature=self.temperature,
@@ -246,6 +257,9 @@ class ChatBody(_Body):
             top_logprobs=self.top_logprobs or 0,
             reasoning_effort=None if self.reasoning_effort is None else str(self.reasoning_effort),
             workspace=None if wish is None else WorkspaceWish(**wish.model_dump()),
+            cartridges=(*named, *tagged),
+            ignore_eos=bool(self.ignore_eos),
+            exact=bool(self.logprobs_in_fingerprint),
             session_id=self.session or inner.session,
             domain=self.domain or inner.domain,
             idempotency_key=idempotency_key,
