@@ -57,7 +57,8 @@ class ReplayEnvironment:
 
     def item(self, sample: Sample, *, teacher: bool = True) -> ReplayItem:
         """One sample's prompts; without ``teacher`` the student's alone. Raises ``ObservationTooLong``."""
-        memory = self._strategy.build_memory_for_sample(self._memory, sample)
+        shown = teacher or self._config.recent_turns > 0
+        memory = self._strategy.build_memory_for_sample(self._memory, sample) if shown else []
         observation, recent = sample.record.observation, self._recent(sample, memory)
         build = self._builder
         prompt = build.build(observation, memory, recent) if teacher else build.student(observation, recent)
