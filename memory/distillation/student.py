@@ -102,7 +102,7 @@ class Student:
         ``prefix``: keys and values [1, H, p, D] per layer, in any floating dtype.
         """
         common = common_length(examples)
-        base = self._base(prefix, examples[0].token_ids[:common])
+        base = self.base(prefix, examples[0].token_ids[:common])
         # Float32, so that what the micro-batches add up is not rounded to the model's dtype every time.
         leaves = [tuple(tensor.detach().float().requires_grad_() for tensor in layer) for layer in base]
         found = []
@@ -121,7 +121,7 @@ class Student:
     def losses(self, prefix: Layers | None, examples: Sequence[Example]) -> list[RowLosses]:
         """Losses without gradients; without a prefix the text starts at position 0."""
         common = common_length(examples)
-        base = self._base(prefix, examples[0].token_ids[:common])
+        base = self.base(prefix, examples[0].token_ids[:common])
         found = []
         for batch in micro_batches(examples, common, 2 * self._most_tokens):
             hidden = self._hidden(base, batch)
@@ -131,8 +131,11 @@ class Student:
 
     # One pass.
 
-    def _base(self, prefix: Layers | None, common: Sequence[int]) -> Layers:
-        """The prefix in the model's dtype, and the common text after it: keys and values [1, H, p + C, D]."""
+    def base(self, prefix: Layers | None, common: Sequence[int]) -> Layers:
+        """The prefix in the model's dtype, and ``common`` text after it: keys and values [1, H, p + C, D] per layer.
+
+        Nothing for neither of them.
+        """
         dtype = self._loaded.dtype
         layers = [(keys.to(dtype), values.to(dtype)) for keys, values in prefix or ()]
         if not common:
@@ -140,7 +143,7 @@ class Student:
         cache = PassingCache(layers, self._between)
         slots = layers[0][0].shape[2] if layers else 0
         ids = torch.tensor([list(common)], device=self._loaded.device)
-        self._read(cache, ids, torch.ones((1, slots + len(common)), dtype=torch.bool), slots)
+        self.read(cache, ids, torch.ones((1, slots + len(common)), dtype=torch.bool), _from(slots, ids))
         return [(layer.keys, layer.values) for layer in cache.layers]
 
     def _learn_batch(self, leaves: Layers, batch: MicroBatch, total: float) -> RowLosses:
@@ -166,21 +169,28 @@ class Student:
         ]
         past = layers[0][0].shape[2] if layers else 0
         mask = torch.cat((torch.ones((rows, past), dtype=torch.bool), batch.mask), dim=1)  # [R, p + C + T]
-        output = self._read(PassingCache(layers, self._between), batch.ids, mask, past)
+        output = self.read(PassingCache(layers, self._between), batch.ids, mask, _from(past, batch.ids))
         return output[batch.rows.to(output.device), batch.places.to(output.device)]
 
-    def _read(self, cache: DynamicCache, ids: Tensor, mask: Tensor, start: int) -> Tensor:
-        """Feed ``ids`` [R, T] at positions from ``start``; the last layer's output [R, T, hidden]."""
+    def read(self, cache: DynamicCache, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """Append ``ids`` [R, T] at ``positions`` [R, T] to ``cache``; the last layer's output [R, T, hidden].
+
+        ``mask`` [R, N + T] bool: False for what is padding, in the cache or in ``ids``.
+        """
         device = self._loaded.device
-        positions = torch.arange(start, start + ids.shape[1], device=device).expand(ids.shape[0], -1)
         output = self._body(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            position_ids=positions,
+            position_ids=positions.to(device),
             past_key_values=cache,
             use_cache=True,
         )
         return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's logits [..., V] of its last layer's output [..., hidden]."""
+        logits: Tensor = self._head(hidden)
+        return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
     def _parts(self, hidden: Tensor) -> list[tuple[Tensor, slice]]:
         """``hidden`` in pieces whose logits fit into memory."""
@@ -188,22 +198,23 @@ class Student:
         return [(hidden[start : start + size], slice(start, start + size)) for start in range(0, len(hidden), size)]
 
     def _part(self, hidden: Tensor, batch: MicroBatch, span: slice) -> Tensor:
-        logits = self._logits(hidden)
+        logits = self.logits(hidden)
         top_ids, top_logprobs = batch.top_ids[span].to(logits.device), batch.top_logprobs[span].to(logits.device)
         return target_losses(logits, top_ids, top_logprobs, self._loss)
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self._head(hidden)
-        return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
     @torch.no_grad()
     def _check_head(self) -> None:
         """The model's own logits must be those that are made here of its last layer."""
         ids = torch.tensor([[1, 0]], device=self._loaded.device)
         own = self._loaded.model(ids, use_cache=False).logits.float()
-        here = self._logits(self._body(input_ids=ids, use_cache=False).last_hidden_state).float()
+        here = self.logits(self._body(input_ids=ids, use_cache=False).last_hidden_state).float()
         if own.shape != here.shape or not torch.allclose(own, here, rtol=1e-2, atol=1e-2):
             raise TrainerError(
                 f"{self._loaded.name}: {type(self._loaded.model).__name__} does more to its logits than the trainer "
                 "knows (an output matrix and final_logit_softcapping), so it would learn something else"
             )
+
+
+def _from(start: int, ids: Tensor) -> Tensor:
+    """Positions from ``start`` on for ``ids`` [R, T]."""
+    return torch.arange(start, start + ids.shape[1]).expand(ids.shape[0], -1)

@@ -33,11 +33,15 @@ LABELS = ("Paris", "Bern", "Italy", "France")
 
 
 def tiny_loaded(
-    folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.float32, **config: Any
+    folder: Path,
+    architecture: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    base: str = "eager",
+    **config: Any,
 ) -> LoadedModel:
     """A random model of 4 layers with a byte-level tokenizer; sliding windows of 8 where it has any."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(save_tiny_model(folder))
-    model = stock_model(architecture, dtype=dtype, vocab_size=len(tokenizer), eos_token_id=1, bos_token_id=0, **config)
+    model = stock_model(architecture, base, dtype, vocab_size=len(tokenizer), eos_token_id=1, bos_token_id=0, **config)
     return adopt_model(f"tiny-{architecture}", model, tokenizer)
 
 
