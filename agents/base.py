@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from agents.errors import OutOfTurn
 from agents.experience_log import ExperienceLog, freeze, save_snapshot, with_feedback
-from lm.types import CartridgeRef, LanguageModel, Messages, Reply
-from memory.distillation.prompt_builder import Style
+from lm.types import CartridgeRef, LanguageModel, MeasuringModel, Messages, Reply
+from memory.distillation.prompt_builder import Count, Prompt, PromptBuilder, Style, estimate_tokens
 from memory.history import NewExperience, Record
 
 
@@ -38,7 +38,9 @@ class AgentConfig(BaseModel):
     system_prompt: str | None = Field(None, description="System message; None: the kind's own.")
     merge_turns: bool = Field(False, description="Join feedback and next observation, for templates that alternate.")
     max_tokens: int = Field(32, ge=1, description="Longest action.")
-    max_prompt_tokens: int = Field(4096, ge=16, description="Longest prompt; the oldest experiences go first.")
+    max_prompt_tokens: int = Field(
+        4096, ge=16, description="Longest prompt, if the model's context holds it; the oldest experiences go first."
+    )
     recent: int = Field(4, ge=0, description="Newest experiences in the prompt beside a cartridge (hybrid).")
     neighbours: int = Field(8, ge=1, description="Nearest experiences in the prompt (knn).")
     stop: tuple[str, ...] = Field((), description="Texts that end an action.")
@@ -90,13 +92,32 @@ class MemoryAgent(Protocol):
 
 
 class Speaker:
-    """A language model asked in one manner; the part that all kinds share."""
+    """A language model asked in one manner; the part that all kinds share.
+
+    Prompts are measured by the model's own tokenizer where the client has it, and otherwise by an estimate.
+    """
 
     def __init__(self, lm: LanguageModel, config: AgentConfig, default_system_prompt: str):
         self.lm = lm
         self.config = config
         chosen = config.system_prompt
         self.system_prompt = default_system_prompt if chosen is None else chosen
+
+    def build(self, observation: str, memory: Sequence[Record]) -> Prompt:
+        """The prompt with as much of ``memory`` as fits, made as those that a teacher is asked with."""
+        room = self.config.max_prompt_tokens
+        count: Count = estimate_tokens
+        if isinstance(self.lm, MeasuringModel):
+            count = self.lm.count_tokens
+            room = min(room, self.lm.context_length() - self.config.max_tokens)
+        builder = PromptBuilder(
+            style=self.config.style,
+            system_prompt=self.system_prompt,
+            count=count,
+            max_tokens=room,
+            merge_turns=self.config.merge_turns,
+        )
+        return builder.build(observation, memory)
 
     def say(self, messages: Messages, cartridges: Sequence[CartridgeRef] = (), experiences: int = 0) -> Act:
         """One greedy answer, stripped of white space at its ends."""

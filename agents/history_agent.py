@@ -11,14 +11,10 @@ from typing import Self
 from agents.base import Act, AgentConfig, LoggingAgent, Speaker
 from agents.experience_log import ExperienceLog
 from lm.types import LanguageModel
-from memory.distillation.prompt_builder import Count, PromptBuilder, estimate_tokens
 
 
 class HistoryAgent(LoggingAgent):
-    """``count`` measures a prompt in the model's own tokens; without it an estimate bounds the prompt.
-
-    ``memoryless`` shows it nothing of what it lived through: the arm that every other is compared with.
-    """
+    """``memoryless`` shows it nothing of what it lived through: the arm that every other is compared with."""
 
     name = "history"
 
@@ -28,14 +24,12 @@ class HistoryAgent(LoggingAgent):
         log: ExperienceLog,
         config: AgentConfig | None = None,
         *,
-        count: Count = estimate_tokens,
         memoryless: bool = False,
         episode_id: str | None = None,
     ):
         super().__init__(log, episode_id)
         self.config = config or AgentConfig()
         self._speaker = Speaker(lm, self.config, default_system_prompt="")
-        self._count = count
         self._memoryless = memoryless
         if memoryless:
             self.name = "memoryless"
@@ -46,23 +40,11 @@ class HistoryAgent(LoggingAgent):
             self._speaker.lm,
             self._log_for(training),
             self.config,
-            count=self._count,
             memoryless=self._memoryless,
             episode_id=episode_id,
         )
 
     def _answer(self, observation: str) -> Act:
         memory = [] if self._memoryless else self._remembered(self.log.records())
-        prompt = prompt_builder(self._speaker, self._count).build(observation, memory)
+        prompt = self._speaker.build(observation, memory)
         return self._speaker.say(prompt.teacher_messages, experiences=len(prompt.included))
-
-
-def prompt_builder(speaker: Speaker, count: Count) -> PromptBuilder:
-    """How an agent's prompts are made: as those that a teacher is asked with."""
-    return PromptBuilder(
-        style=speaker.config.style,
-        system_prompt=speaker.system_prompt,
-        count=count,
-        max_tokens=speaker.config.max_prompt_tokens,
-        merge_turns=speaker.config.merge_turns,
-    )

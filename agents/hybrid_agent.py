@@ -14,10 +14,9 @@ from typing import Any, Self
 
 from agents.base import Act, AgentConfig, LoggingAgent, Speaker
 from agents.experience_log import ExperienceLog
-from agents.history_agent import prompt_builder
 from agents.kv_memory_agent import SYSTEM_PROMPT
 from lm.types import CartridgeRef, LanguageModel
-from memory.distillation.prompt_builder import Count, estimate_tokens, student_messages
+from memory.distillation.prompt_builder import student_messages
 from memory.history import NewExperience, Record
 from memory.kv_cache_memory import KVCacheMemory
 
@@ -40,7 +39,6 @@ class HybridKVHistoryAgent(LoggingAgent):
         config: AgentConfig | None = None,
         *,
         trigger: Trigger | None = None,
-        count: Count = estimate_tokens,
         episode_id: str | None = None,
     ):
         super().__init__(log, episode_id)
@@ -48,7 +46,6 @@ class HybridKVHistoryAgent(LoggingAgent):
         self.config = config or AgentConfig()
         self._speaker = Speaker(lm, self.config, SYSTEM_PROMPT)
         self._trigger = trigger
-        self._count = count
 
     def swap(self, cartridge: CartridgeRef) -> None:
         """Act with ``cartridge`` from the next observation on: for triggers that report what came of a distillation.
@@ -66,7 +63,6 @@ class HybridKVHistoryAgent(LoggingAgent):
             self._log_for(training),
             self.config,
             trigger=self._trigger if training else None,
-            count=self._count,
             episode_id=episode_id,
         )
 
@@ -78,7 +74,7 @@ class HybridKVHistoryAgent(LoggingAgent):
         cartridges = self.memory.references()
         if not cartridges:
             memory = self._remembered(self.log.records())
-            prompt = prompt_builder(self._speaker, self._count).build(observation, memory)
+            prompt = self._speaker.build(observation, memory)
             return self._speaker.say(prompt.teacher_messages, experiences=len(prompt.included))
         recent = self._recent(self.config.recent)
         messages = student_messages(

@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Self
 
 from agents.base import Act, AgentConfig, LoggingAgent, Speaker
 from agents.experience_log import ExperienceLog, FrozenLog
-from agents.history_agent import prompt_builder
 from lm.types import LanguageModel
 from memory.catalog import Filters
-from memory.distillation.prompt_builder import Count, estimate_tokens
 from memory.history import History, Record
 from memory.recall import WordIndex
 
@@ -75,7 +73,6 @@ class KNNAgent(LoggingAgent):
         config: AgentConfig | None = None,
         *,
         make_nearest: Callable[[ExperienceLog], Nearest] = WordNearest,
-        count: Count = estimate_tokens,
         episode_id: str | None = None,
     ):
         super().__init__(log, episode_id)
@@ -83,7 +80,6 @@ class KNNAgent(LoggingAgent):
         self._speaker = Speaker(lm, self.config, default_system_prompt="")
         self._make_nearest = make_nearest
         self._nearest = make_nearest(log)
-        self._count = count
 
     def clone_for_episode(self, *, training: bool, episode_id: str | None = None) -> Self:
         """See ``MemoryAgent``."""
@@ -92,7 +88,6 @@ class KNNAgent(LoggingAgent):
             self._log_for(training),
             self.config,
             make_nearest=self._make_nearest,
-            count=self._count,
             episode_id=episode_id,
         )
 
@@ -101,5 +96,5 @@ class KNNAgent(LoggingAgent):
         if isinstance(self.log, FrozenLog):  # a search over something that lives on must not see past the moment
             known = {record.id for record in self.log.kept}
             found = [record for record in found if record.id in known]
-        prompt = prompt_builder(self._speaker, self._count).build(observation, found[::-1])
+        prompt = self._speaker.build(observation, found[::-1])
         return self._speaker.say(prompt.teacher_messages, experiences=len(prompt.included))

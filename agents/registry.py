@@ -12,7 +12,6 @@ from agents.hybrid_agent import HybridKVHistoryAgent, Trigger
 from agents.knn_agent import KNNAgent
 from agents.kv_memory_agent import KVMemoryAgent
 from lm.types import LanguageModel
-from memory.distillation.prompt_builder import Count, estimate_tokens
 from memory.kv_cache_memory import KVCacheMemory
 
 #: Name -> what it lives on.
@@ -33,7 +32,6 @@ def make_agent(
     memory: KVCacheMemory | None = None,
     config: AgentConfig | None = None,
     trigger: Trigger | None = None,
-    count: Count = estimate_tokens,
     by_server: bool = False,
 ) -> MemoryAgent:
     """The agent called ``name``. Raises ``UnknownAgent``, or ``AgentConfigError`` for a part that it needs."""
@@ -51,7 +49,7 @@ def make_agent(
     assert log is not None
     if name == "hybrid":
         assert memory is not None
-        return HybridKVHistoryAgent(lm, memory, log, config, trigger=trigger, count=count)
+        return HybridKVHistoryAgent(lm, memory, log, config, trigger=trigger)
     if name == "knn":
-        return KNNAgent(lm, log, config, count=count)
-    return HistoryAgent(lm, log, config, count=count, memoryless=name == "memoryless")
+        return KNNAgent(lm, log, config)
+    return HistoryAgent(lm, log, config, memoryless=name == "memoryless")

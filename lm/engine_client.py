@@ -77,6 +77,17 @@ class EngineClient:
         )
         return reply, trace
 
+    def count_tokens(self, messages: Messages) -> int:
+        """Tokens of the prompt that ``messages`` become. Raises ``InvalidCall``."""
+        try:
+            return len(self._engine.render(plain_messages(messages)))
+        except RequestError as error:
+            raise InvalidCall(str(error)) from error
+
+    def context_length(self) -> int:
+        """Of the model, in tokens."""
+        return self._engine.loaded.context_length
+
     def _run(
         self, messages: Messages, params: SamplingParams, cartridges: Sequence[CartridgeRef]
     ) -> tuple[Reply, list[SampledToken]]:

@@ -88,6 +88,14 @@ class LocalFlexHFClient:
         client = self._ready()
         return client.call_with_trace(messages, top_logprobs=top_logprobs, max_tokens=max_tokens, cartridges=cartridges)
 
+    def count_tokens(self, messages: Messages) -> int:
+        """Tokens of the prompt that ``messages`` become."""
+        return self._ready().count_tokens(messages)
+
+    def context_length(self) -> int:
+        """Of the model, in tokens."""
+        return self._ready().context_length()
+
     def close(self) -> None:
         """Stop the engine and let go of the model."""
         with self._lock:

@@ -106,3 +106,14 @@ class LanguageModel(Protocol):
         cartridges: Sequence[CartridgeRef] = (),
     ) -> tuple[Reply, Trace]:
         """The greedy answer and the model's ``top_logprobs`` most probable tokens at each of its steps."""
+
+
+@runtime_checkable
+class MeasuringModel(Protocol):
+    """A client that has its model's tokenizer, so that prompts can be cut to what fits instead of being estimated."""
+
+    def count_tokens(self, messages: Messages) -> int:
+        """Tokens of the prompt that ``messages`` become, without cartridges."""
+
+    def context_length(self) -> int:
+        """Prompt, cartridges and answer together, in tokens."""

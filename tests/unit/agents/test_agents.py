@@ -56,12 +56,31 @@ def test_the_history_agent_asks_as_a_teacher_is_asked(style: Any) -> None:
     assert lm.options == [{"max_tokens": 8, "stop": ("\n",)}]
 
 
-def test_the_oldest_experiences_go_when_the_prompt_is_full() -> None:
-    lm, log = Bookkeeper(), _log(40)
-    count = lambda messages: 10 * len(messages)  # noqa: E731 - three turns to an experience
-    agent = HistoryAgent(lm, log, AgentConfig(max_prompt_tokens=100), count=count)
-    assert agent.act("message 99").experiences == 3
-    assert lm.asked[0] == teacher_messages("turns", "", "message 99", log.records()[-3:])
+class Counting(Bookkeeper):
+    """Knows its tokenizer: ten tokens to a message, and room for eleven messages and the answer."""
+
+    def count_tokens(self, messages: Any) -> int:
+        return 10 * len(messages)
+
+    def context_length(self) -> int:
+        return 110 + 32
+
+
+@pytest.mark.parametrize(("most", "shown"), [(100, 3), (40, 1), (9999, 3)])
+def test_the_oldest_experiences_go_when_the_prompt_is_full(most: int, shown: int) -> None:
+    lm, log = Counting(), _log(40)
+    agent = HistoryAgent(lm, log, AgentConfig(max_prompt_tokens=most, max_tokens=32))
+    assert agent.act("message 99").experiences == shown
+    assert lm.asked[0] == teacher_messages("turns", "", "message 99", log.records()[-shown:])
+
+
+def test_a_prompt_of_a_real_model_never_exceeds_its_context(client: EngineClient) -> None:
+    agent = HistoryAgent(client, _log(200), AgentConfig(max_tokens=8))
+    act = agent.act("message 999")
+    assert 10 < act.experiences < 200
+    room = client.context_length() - 8
+    assert room - 80 < act.reply.prompt_tokens <= room
+    assert client.count_tokens(act.messages) == act.reply.prompt_tokens
 
 
 def test_the_memoryless_agent_shows_nothing() -> None:

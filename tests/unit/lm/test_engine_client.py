@@ -13,7 +13,7 @@ import torch
 from lm.engine_client import EngineClient
 from lm.errors import InvalidCall, Unavailable, UnknownCartridge
 from lm.flex_hf_client import LocalFlexHFClient
-from lm.types import CartridgeRef, LanguageModel
+from lm.types import CartridgeRef, LanguageModel, MeasuringModel
 from tests.support.tiny_model import save_tiny_model
 from workspace.engine import Engine
 from workspace.models import LoadedModel, load_model
@@ -56,11 +56,13 @@ def _logprobs(loaded: LoadedModel, ids: list[int]) -> torch.Tensor:
 
 def test_trace_is_the_models_own_distribution(client: EngineClient, loaded: LoadedModel) -> None:
     assert isinstance(client, LanguageModel)
+    assert isinstance(client, MeasuringModel)
     reply, trace = client.call_with_trace(MESSAGES, top_logprobs=5, max_tokens=6)
     assert client.call(MESSAGES, max_tokens=6).text == reply.text == loaded.tokenizer.decode(trace.token_ids)
     assert (reply.completion_tokens, reply.finish_reason, trace.topk_token_ids.shape) == (6, "length", (6, 5))
     prompt = client._engine.render(MESSAGES)
-    assert reply.prompt_tokens == len(prompt)
+    assert reply.prompt_tokens == len(prompt) == client.count_tokens(MESSAGES)
+    assert client.context_length() == 256
     expected = _logprobs(loaded, [*prompt, *trace.token_ids])[len(prompt) - 1 : -1].topk(5)
     assert np.array_equal(trace.topk_token_ids, expected.indices.numpy())
     assert np.allclose(trace.topk_logprobs, expected.values.numpy(), atol=1e-4)
@@ -166,6 +168,8 @@ def test_local_client_loads_answers_and_closes(tmp_path: Path, client: EngineCli
     local = LocalFlexHFClient(str(folder), cache_dir=tmp_path, dtype="float32", device="cpu", threads=1)
     with local:
         assert local.call(MESSAGES, max_tokens=6).text == client.call(MESSAGES, max_tokens=6).text
+        assert local.count_tokens(MESSAGES) == client.count_tokens(MESSAGES)
+        assert local.context_length() == 256
         prefix = prefix_of_tokens(local.loaded, local.loaded.tokenizer.encode("Paris"))
         local._client._resolve = {"p": prefix}.__getitem__
         reply, _ = local.call_with_trace(MESSAGES, max_tokens=2, cartridges=[CartridgeRef("p")])
