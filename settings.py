@@ -223,7 +223,7 @@ class DistillationSettings(_Section):
     preset: str = Field("server", min_length=1, description="A name in configs/distill/, or a path.")
     domains: dict[str, str] = Field({}, description="Other presets, by domain.")
     check_seconds: float = Field(30.0, ge=0.05, description="Time between two looks at the triggers.")
-    serve_pause_ms: float = Field(50.0, ge=0, le=1000, description="Pause per pass while a chat is generating.")
+    serve_pause_ms: float = Field(10.0, ge=0, le=1000, description="Pause per layer while a chat is generating.")
     niceness: int = Field(5, ge=0, le=19, description="Niceness of the thread (Linux only).")
     threads: int = Field(1, ge=1, description="Intra-op threads of the training.")
 

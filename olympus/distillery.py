@@ -268,4 +268,5 @@ class Distillery:
         be_nice(self._settings.niceness)
 
     def _publish(self, data: dict[str, Any]) -> None:
-        self._hub.publish("distillation", data, key=f"distillation:{data['id']}:{data['state']}")
+        where = f"{data['id']}:{data['state']}:{data['progress'].get('stage')}"  # each state and stage is told
+        self._hub.publish("distillation", data, key=f"distillation:{where}")

@@ -276,7 +276,15 @@ class Runtime:
             log.error("model failed to load", model=self.settings.model.name, exc_info=not known, reason=str(error))
             return
         self._tell("ready", f"loaded in {time.monotonic() - begun:.1f} s")
+        self._start_distillation(self._engine)
         log.info("model ready", model=self.settings.model.name, seconds=round(time.monotonic() - begun, 2))
+
+    def _start_distillation(self, engine: Engine) -> None:
+        from olympus.distilling import make_pipeline, token_counter
+
+        folder = self.distillery.folder
+        made = make_pipeline(self.settings, self.history, self.cartridges, self.shelf, engine, folder)
+        self.distillery.start(made, token_counter(engine))
 
     def _make_engine(self) -> Engine:
         from workspace.engine import Engine

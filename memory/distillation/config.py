@@ -229,10 +229,28 @@ class GateConfig(_Section):
 
     margin: float = Field(0.05, ge=0, le=1, description="It may score lower than the long prompt by this much.")
     min_rows: int = Field(20, ge=1, description="Fewer held-out rows prove nothing: the candidate is then rejected.")
-    metric: Literal["exact", "ranked", "kl"] = Field(
-        "exact", description="exact: greedy answers, as text; ranked: the likeliest of the known ones; kl: nats."
+    max_rows: int = Field(
+        96, ge=1, description="Held-out rows that are asked at most; each is asked with every prompt."
+    )
+    metric: Literal["auto", "exact", "ranked", "kl"] = Field(
+        "exact",
+        description="exact: greedy answers, as text; ranked: the likeliest of the known ones; kl: nats. "
+        "auto: exact where min_rows rows have an answer known to be right, else kl.",
     )
     must_beat_serving: bool = Field(True, description="It must also be no worse than the serving cartridge.")
+
+    def decided(self, known_answers: int) -> GateConfig:
+        """With a metric instead of ``auto``, for so many held-out rows whose right answer is known."""
+        if self.metric != "auto":
+            return self
+        return self.model_copy(update={"metric": "exact" if known_answers >= self.min_rows else "kl"})
+
+    @property
+    def chosen(self) -> Literal["exact", "ranked", "kl"]:
+        """The metric. Raises ``ValueError`` for ``auto``: ``decided`` comes first."""
+        if self.metric == "auto":
+            raise ValueError("gate.metric is auto; say with decided() how many right answers are known")
+        return self.metric
 
 
 class WhenConfig(_Section):

@@ -101,7 +101,7 @@ def generate_dataset(
     redactor = Redactor(config.data.redact)
     newest = sorted(records, key=lambda record: record.id)[-config.data.max_records :]
     clean = [redactor.record(record) for record in newest if not record.deleted]
-    replay = _environment(clean, config, count)
+    replay = replay_environment(clean, config, count)
     asked = None if teacher is None else Teacher(teacher, config.teacher, stop)
     maker = RowMaker(replay, config, asked, _builder(config, count))
     tasks = maker.tasks()
@@ -123,7 +123,8 @@ def generate_dataset(
     return _finish(run, folder, dict(redactor.counts), started)
 
 
-def _environment(records: Sequence[Record], config: DistillConfig, count: Count) -> ReplayEnvironment:
+def replay_environment(records: Sequence[Record], config: DistillConfig, count: Count) -> ReplayEnvironment:
+    """The samples that a dataset of ``records`` is made of, with their prompts; ``records`` are redacted already."""
     strategy = make_strategy(config.strategy, config.seed)
     return ReplayEnvironment(records, strategy, _builder(config, count), config.data, config.seed)
 

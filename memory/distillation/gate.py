@@ -70,31 +70,36 @@ def judge(evaluation: Evaluation, config: GateConfig) -> Verdict:
     """Decide about ``evaluation.arms["cartridge"]``. Raises ``EvaluationError`` without that arm."""
     if "cartridge" not in evaluation.arms:
         raise EvaluationError("the candidate was not measured; evaluate() wants it as cartridge")
-    mine = evaluation.arms["cartridge"].of(config.metric)
+    mine = evaluation.arms["cartridge"].of(config.chosen)
     rows = int(np.isfinite(mine).sum())
     if rows < config.min_rows:
-        what = {"exact": "", "ranked": " with candidates", "kl": " with the teacher's distribution"}[config.metric]
-        reason = (
-            f"not enough held-out rows{what}: {rows}, gate.min_rows is {config.min_rows}. The candidate is rejected "
-            "and what serves goes on; live through more, raise data.eval_share, or lower gate.min_rows"
-        )
-        return Verdict(False, reason, config.metric, rows, config.margin)
-    rivals = ["memoryless"] if config.metric == "kl" else ["long_prompt", "memoryless"]
+        return too_few(rows, config)
+    rivals = ["memoryless"] if config.chosen == "kl" else ["long_prompt", "memoryless"]
     if config.must_beat_serving:
         rivals.append("serving")
     comparisons = tuple(_compare(evaluation, rival, config) for rival in rivals if rival in evaluation.arms)
     failed = [item for item in comparisons if not item.passed]
     told = "; ".join(_told(item, config) for item in (failed or comparisons))
     reason = f"{'rejected' if failed else 'passed'} on {rows} held-out rows: {told}{_caveat(evaluation, config)}"
-    return Verdict(not failed, reason, config.metric, rows, config.margin, comparisons)
+    return Verdict(not failed, reason, config.chosen, rows, config.margin, comparisons)
+
+
+def too_few(rows: int, config: GateConfig) -> Verdict:
+    """What is said where nothing can be proved."""
+    what = {"ranked": " with candidates", "kl": " with the teacher's distribution"}.get(config.chosen, "")
+    reason = (
+        f"not enough held-out rows{what}: {rows}, gate.min_rows is {config.min_rows}. The candidate is rejected "
+        "and what serves goes on; live through more, raise data.eval_share, or lower gate.min_rows"
+    )
+    return Verdict(False, reason, config.chosen, rows, config.margin)
 
 
 def _compare(evaluation: Evaluation, rival: str, config: GateConfig) -> Comparison:
-    one, other = (evaluation.arms[name].of(config.metric) for name in ("cartridge", rival))
+    one, other = (evaluation.arms[name].of(config.chosen) for name in ("cartridge", rival))
     both = np.isfinite(one) & np.isfinite(other)
     one, other = one[both], other[both]
     found = paired_difference(one, other)
-    if config.metric != "kl":
+    if config.chosen != "kl":
         bound, passed = found.lower, found.lower >= -config.margin - 1e-9
     else:
         bound, passed = found.upper, found.upper < (0.0 if rival == "memoryless" else config.margin)
@@ -113,7 +118,7 @@ def _compare(evaluation: Evaluation, rival: str, config: GateConfig) -> Comparis
 
 def _told(item: Comparison, config: GateConfig) -> str:
     rival = _CALLED[item.rival]
-    if config.metric == "kl":
+    if config.chosen == "kl":
         allowed = "less than 0" if item.rival == "memoryless" else f"at most {config.margin:g}"
         return (
             f"{item.candidate:.3f} nats from the long prompt against {item.other:.3f} with {rival}; with 95 % "
@@ -128,9 +133,9 @@ def _told(item: Comparison, config: GateConfig) -> str:
 def _caveat(evaluation: Evaluation, config: GateConfig) -> str:
     """What must not be claimed: parity with a prompt that does not work itself."""
     arms = evaluation.arms
-    if config.metric == "kl" or "long_prompt" not in arms or "memoryless" not in arms:
+    if config.chosen == "kl" or "long_prompt" not in arms or "memoryless" not in arms:
         return ""
-    gain = float(np.nanmean(arms["long_prompt"].of(config.metric)) - np.nanmean(arms["memoryless"].of(config.metric)))
+    gain = float(np.nanmean(arms["long_prompt"].of(config.chosen)) - np.nanmean(arms["memoryless"].of(config.chosen)))
     if gain >= WORTHY:
         return ""
     return (

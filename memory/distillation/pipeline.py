@@ -1,0 +1,337 @@
+"""What a run does, from the history of a domain to a cartridge that serves, or to the reason why not.
+
+    experiences -> dataset -> initial prefix -> training -> candidate -> gate -> promoted or rejected
+
+Every stage leaves its result in the run's folder or in the registry and finds it there again, so a run that was killed
+goes on where it stood: rows in their journal, training at its last checkpoint, the candidate under the run's id. What
+is looked at is fixed when the run is asked for (``Run.cursor``): experiences that come later belong to the next run.
+
+Always from the history, never from a distillation (iterated compaction collapses: arXiv 2606.07878); only the initial
+values may come from the cartridge before.
+
+The model is the one that serves. Training changes nothing of it and gives way to requests (``between``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memory.cartridges.registry import CartridgeRegistry
+from memory.cartridges.rows import CartridgeRow
+from memory.cartridges.shelf import CartridgeShelf
+from memory.distillation.config import DistillConfig, GateConfig, make_distill_config
+from memory.distillation.data_generation import DataProgress, generate_dataset, replay_environment
+from memory.distillation.dataset import read_dataset
+from memory.distillation.errors import JournalMismatch, NothingToDistil
+from memory.distillation.prompt_builder import teacher_messages
+from memory.distillation.redaction import Redactor
+from memory.distillation.rows import Row
+from memory.distillation.runs import Run, RunState
+from memory.distillation.worker import Interrupted, Outcome, Report
+from memory.history import History, Record
+from storage import files
+
+if TYPE_CHECKING:  # torch is imported by whoever loads the model
+    from lm.types import LanguageModel
+    from memory.cartridges.cartridge import Cartridge
+    from memory.distillation.evaluation import Question
+    from memory.distillation.gate import Verdict
+    from memory.distillation.trainer import Progress
+    from workspace.engine import Engine
+    from workspace.models import LoadedModel
+    from workspace.prefix import KVPrefix
+
+#: Where each stage begins on the way from 0 to 1.
+_BEGINS = {"dataset": 0.0, "initial prefix": 0.15, "training": 0.16, "gate": 0.85}
+_INIT_RECORDS = 256  # enough to fill any prefix
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the pipeline works with. ``teacher`` makes the model that a configuration names."""
+
+    history: History
+    registry: CartridgeRegistry
+    shelf: CartridgeShelf
+    folder: Path
+    engine: Engine
+    teacher: Callable[[DistillConfig, threading.Event], LanguageModel]
+    between: Callable[[], None]
+    threads: int = 1
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model that learns and serves."""
+        return self.engine.loaded
+
+
+class DistillationPipeline:
+    """A ``worker.Pipeline``. One run at a time."""
+
+    def __init__(self, surroundings: Surroundings):
+        self._given = surroundings
+
+    def __call__(self, run: Run, report: Report, stop: threading.Event) -> Outcome:
+        """Do ``run``, or go on with it."""
+        return _Stages(self._given, run, report, stop).all()
+
+
+class _Stages:
+    """One run."""
+
+    def __init__(self, given: Surroundings, run: Run, report: Report, stop: threading.Event):
+        self._given, self._run, self._tell, self._stop = given, run, report, stop
+        self._config = make_distill_config(run.config)
+        self._folder = given.folder / run.id
+        self._redactor = Redactor(self._config.data.redact)
+
+    def all(self) -> Outcome:
+        """From the beginning, passing over what was done before."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        files.write_json(self._folder / "config.json", self._config.model_dump(mode="json"))
+        records = self._records()
+        try:
+            rows = self._dataset(records)
+        except NothingToDistil as reason:
+            return Outcome("skipped", {"detail": str(reason), "fraction": 1.0})
+        row = self._candidate(records, rows)
+        return self._judge(row, records, rows)
+
+    # Stages.
+
+    def _records(self) -> list[Record]:
+        """The newest living experiences that existed when the run was asked for, oldest first."""
+        config = self._config
+        if config.checkpoint_dir is not None:
+            from memory.snapshots import load_records, newest_snapshot
+
+            found, bad = load_records(newest_snapshot(config.checkpoint_dir), domain=self._run.domain)
+            self._stage("dataset", bad_lines=len(bad))
+            return found
+        newest = self._given.history.page(
+            domain=self._run.domain, before=self._run.cursor + 1, limit=config.data.max_records
+        )
+        return newest[::-1]
+
+    def _dataset(self, records: Sequence[Record]) -> list[Row]:
+        self._stage("dataset", experiences=len(records))
+        teacher = None
+        if self._config.data.targets != "feedback" or self._config.data.self_study.rows:
+            teacher = self._given.teacher(self._config, self._stop)
+        options: dict[str, Any] = {
+            "teacher": teacher,
+            "count": self._count,
+            "stop": self._stop,
+            "progress": self._dataset_progress,
+        }
+        try:
+            made = generate_dataset(records, self._config, self._folder, **options)
+        except JournalMismatch:  # something was judged, corrected or forgotten since the attempt before
+            made = generate_dataset(records, self._config, self._folder, restart=True, **options)
+        self._check_stop()
+        counts = ("rows", "train_rows", "eval_rows", "kinds", "targets", "skipped", "redactions", "experiences_dropped")
+        self._tell({"data": {name: getattr(made, name) for name in counts} | {"bad": len(made.bad)}})
+        return read_dataset(made.path)
+
+    def _candidate(self, records: Sequence[Record], rows: Sequence[Row]) -> CartridgeRow:
+        """The candidate of this run: found again, or trained and registered."""
+        for known in self._given.registry.list(self._run.domain):
+            if known.run_id == self._run.id:
+                return known
+        parent = self._previous()
+        init = self._initial(records, parent)
+        cartridge = self._train(records, rows, init, parent)
+        return self._given.registry.register(cartridge, self._run.id, actor="distillation")
+
+    def _previous(self) -> Cartridge | None:
+        """The cartridge whose values training starts from, where it shall start from one."""
+        wanted = self._config.cache_init
+        if wanted.type != "pretrained":
+            return None
+        serving = self._given.registry.serving(self._run.domain)
+        name = wanted.cartridge or (None if serving is None else serving.id)
+        if name is None:
+            return None
+        cartridge = self._given.shelf.get(name)
+        if cartridge.manifest.model_fingerprint != self._given.loaded.fingerprint:
+            if wanted.cartridge is None:  # of the model before: a text is the better beginning
+                return None
+            from memory.cartridges.cartridge import check_model
+
+            check_model(cartridge.manifest, self._given.loaded)
+        return cartridge
+
+    def _initial(self, records: Sequence[Record], parent: Cartridge | None) -> KVPrefix:
+        from memory.distillation.initialisers import initial_prefix
+
+        self._stage("initial prefix")
+        config = self._config
+        clean = [self._redactor.record(record) for record in records[:_INIT_RECORDS]]
+        history = teacher_messages("turns", config.system_prompt, "", clean)[:-1]
+        return initial_prefix(
+            self._given.loaded,
+            config.cache_init,
+            config.training.slots,
+            frozen=config.training.frozen,
+            history=history,
+            previous=None if parent is None else parent.prefix,
+            seed=config.training.seed,
+        )
+
+    def _train(
+        self, records: Sequence[Record], rows: Sequence[Row], init: KVPrefix, parent: Cartridge | None
+    ) -> Cartridge:
+        from memory.cartridges.cartridge import make_cartridge
+        from memory.distillation.trainer import train_cartridge
+
+        self._stage("training")
+        config = self._config
+        training = config.training
+        if training.threads == 0:
+            training = training.model_copy(update={"threads": self._given.threads})
+        result = train_cartridge(
+            self._given.loaded,
+            [row for row in rows if row.split == "train"],
+            [row for row in rows if row.split == "eval"],
+            training,
+            init,
+            folder=self._folder,
+            stop=self._stop,
+            progress=self._training_progress,
+            between=self._give_way,
+        )
+        if not result.finished:
+            raise Interrupted
+        self._tell({"training": result.metrics})
+        return make_cartridge(
+            self._given.loaded,
+            result.prefix,
+            domain=self._run.domain,
+            frozen=result.frozen,
+            parent=None if parent is None else parent.manifest.id,
+            init=config.cache_init.model_dump(mode="json"),
+            data_sha256=hashlib.sha256((self._folder / "dataset.parquet").read_bytes()).hexdigest(),
+            steps=result.best_step,
+            metrics=result.metrics,
+            experience_ids=[record.id for record in records] if config.checkpoint_dir is None else (),
+        )
+
+    def _judge(self, row: CartridgeRow, records: Sequence[Record], rows: Sequence[Row]) -> Outcome:
+        """Ask the candidate what it has not seen, beside the prompts that it shall replace, and promote it or not."""
+        registry, told = self._given.registry, {"cartridge": row.id}
+        if row.state != "candidate":  # an earlier attempt ended after the decision
+            state: RunState = "promoted" if row.state in ("serving", "retired") else "rejected"
+            return Outcome(state, {**told, "fraction": 1.0, "detail": row.state_reason})
+        self._stage("gate", **told)
+        numbers, verdict = self._measure(row, records, rows)
+        self._check_stop()
+        metrics = {"evaluation": numbers, "verdict": verdict.numbers()}
+        files.write_json(self._folder / "gate.json", metrics)
+        if verdict.passed:
+            registry.promote(row.id, actor="distillation", reason=verdict.reason, metrics=metrics)
+        else:
+            registry.reject(row.id, verdict.reason, actor="distillation", metrics=metrics)
+        outcome: RunState = "promoted" if verdict.passed else "rejected"
+        return Outcome(outcome, {**told, **metrics, "fraction": 1.0, "detail": verdict.reason})
+
+    def _measure(
+        self, row: CartridgeRow, records: Sequence[Record], rows: Sequence[Row]
+    ) -> tuple[dict[str, Any], Verdict]:
+        from memory.distillation.evaluation import Evaluation, evaluate
+        from memory.distillation.gate import judge, too_few
+
+        held_out = [item for item in rows if item.split == "eval"]
+        gate = self._config.gate.decided(sum(item.target == "feedback" for item in held_out))
+        questions = self._questions(held_out, records, gate)
+        if len(questions) < gate.min_rows:  # measuring too few would only cost time
+            return {"questions": len(questions)}, too_few(len(questions), gate)
+        serving = self._given.registry.serving(self._run.domain)
+        rival = None
+        if serving is not None and serving.model_fingerprint == self._given.loaded.fingerprint:
+            rival = self._given.shelf.get(serving.id).prefix
+        arms = 3 + (rival is not None)
+        begun: list[str] = []
+
+        def progress(arm: str) -> None:
+            begun.append(arm)
+            self._tell({"detail": f"asking with {arm}", "fraction": self._within("gate", (len(begun) - 1) / arms)})
+            self._check_stop()
+
+        found: Evaluation = evaluate(
+            self._given.loaded,
+            questions,
+            cartridge=self._given.shelf.get(row.id).prefix,
+            serving=rival,
+            between=self._give_way,
+            progress=progress,
+        )
+        return found.numbers(), judge(found, gate)
+
+    def _questions(self, held_out: Sequence[Row], records: Sequence[Record], gate: GateConfig) -> list[Question]:
+        """The held-out rows of replay as questions, each with the prompt that its teacher had."""
+        from memory.distillation.evaluation import question_of
+
+        clean = [self._redactor.record(record) for record in records if not record.deleted]
+        replay = replay_environment(clean, self._config, self._count)
+        wanted = {str(row.metadata["content_key"]): row for row in held_out if row.type == "replay"}
+        if gate.metric == "exact" and self._config.gate.metric == "auto":
+            wanted = {key: row for key, row in wanted.items() if row.target == "feedback"}
+        candidates: list[str] = []
+        if gate.metric == "ranked":
+            candidates = sorted({row.answer.content for row in wanted.values()})
+        chosen = sorted(wanted)[: gate.max_rows]  # keys are hashes: by chance, and the same in every attempt
+        found = []
+        for sample in replay.samples():
+            if sample.key in chosen:
+                chosen.remove(sample.key)
+                item = replay.item(sample)
+                found.append(question_of(wanted[sample.key], item.prompt.teacher_messages, candidates))
+        return found
+
+    def _give_way(self) -> None:
+        self._check_stop()
+        self._given.between()
+
+    # Helpers.
+
+    def _dataset_progress(self, now: DataProgress) -> None:
+        self._tell(
+            {
+                "fraction": self._within("dataset", now.done / max(1, now.total)),
+                "detail": f"{now.done} of {now.total} samples, {now.rows} rows, {now.bad} bad",
+            }
+        )
+
+    def _training_progress(self, now: Progress) -> None:
+        self._tell(
+            {
+                "fraction": self._within("training", now.step / max(1, now.steps)),
+                "detail": f"step {now.step} of {now.steps}",
+                "eta_s": round(now.eta_seconds, 1),
+                "step": now.step,
+                "loss": now.loss,
+                "held_out": now.held_out,
+            }
+        )
+
+    def _count(self, messages: Sequence[Mapping[str, Any]]) -> int:
+        return len(self._given.engine.render(list(messages)))
+
+    def _stage(self, stage: str, **more: Any) -> None:
+        self._check_stop()
+        self._tell({"stage": stage, "fraction": _BEGINS[stage], "eta_s": None, "detail": "", **more})
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise Interrupted
+
+    def _within(self, stage: str, share: float) -> float:
+        """The whole run's fraction at ``share`` of ``stage``."""
+        begins = [*_BEGINS.values(), 1.0]
+        place = list(_BEGINS).index(stage)
+        return round(begins[place] + (begins[place + 1] - begins[place]) * min(1.0, max(0.0, share)), 4)

@@ -1,0 +1,239 @@
+"""The whole way with a tiny model: what was lived through becomes a cartridge, serves, and grows stale."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memory.history import NewExperience
+from olympus.distillery import RunUnderWay, UnknownRun
+from olympus.errors import InvalidAction, InvalidRequest, NotReady
+from olympus.runtime import Runtime
+from settings import load_settings
+from tests.support.tiny_model import save_tiny_model
+
+WORDS = ("fox", "dog", "cat", "cow", "hen", "owl", "bee", "ant")
+LABELS = ("Paris", "Bern")
+#: Small, and with enough steps that the random model learns two labels.
+LEARNING: dict[str, Any] = {
+    "training": {
+        "slots": 16,
+        "learning_rate": 0.05,
+        "warmup_steps": 2,
+        "max_steps": 30,
+        "rows": 8,
+        "evaluate_every": 5,
+        "save_every": 10,
+        "max_tokens": 64,
+    },
+    "gate": {"min_rows": 4, "margin": 0.5},
+    "data": {"targets": "feedback", "eval_share": 0.25},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def make(tmp_path: Path, model: Path) -> Iterator[Callable[..., Runtime]]:
+    made: list[Runtime] = []
+
+    def start(**distillation: Any) -> Runtime:
+        chosen = {
+            "data_dir": str(tmp_path / "data"),
+            "model": {"name": str(model), "threads": 1, "dtype": "float32"},
+            "kernels": {"spawn_default": False, "auto_spawn": False},
+            "memory": {"episodic": {"enabled": False}},
+            "distillation": {"automatic": False, **distillation},
+        }
+        runtime = Runtime(load_settings(environ={}, overrides=chosen))
+        made.append(runtime)
+        runtime.start(wait_for_model=True)
+        return runtime
+
+    yield start
+    for runtime in made:
+        runtime.shutdown(10)
+
+
+def _live(runtime: Runtime, count: int = 48, domain: str = "zoo") -> None:
+    items = []
+    for number in range(count):
+        label = LABELS[number % 2]
+        wrong = number % 3 == 0
+        items.append(
+            NewExperience(
+                observation=f"{WORDS[number % len(WORDS)]} {number} {'likes' if number % 2 else 'sees'}",
+                action=LABELS[1 - number % 2] if wrong else label,
+                domain=domain,
+                source="test",
+                feedback=f"Incorrect! The correct answer is {label}." if wrong else "Correct!",
+                score=0.0 if wrong else 1.0,
+            )
+        )
+    runtime.history.append(items)
+
+
+def _ended(runtime: Runtime, run_id: str, seconds: float = 60) -> dict[str, Any]:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        run = runtime.distillery.run(run_id)
+        if run["finished_at"] is not None:
+            return run
+        time.sleep(0.05)
+    raise AssertionError(f"the run has not ended: {runtime.distillery.run(run_id)}")
+
+
+def test_from_experiences_to_a_serving_cartridge(make: Callable[..., Runtime]) -> None:
+    runtime = make()
+    _live(runtime)
+    with runtime.hub.subscribe(["distillation"]) as watching:
+        run = _ended(runtime, runtime.distillery.begin("zoo", preset="quick", overrides=LEARNING)["id"])
+        stages = [event.data["progress"]["stage"] for event in watching.get(1)]
+    assert run["state"] == "promoted", run
+    assert [stage for place, stage in enumerate(stages) if stage not in stages[:place]] == [
+        "queued",
+        "dataset",
+        "initial prefix",
+        "training",
+        "gate",
+    ]
+    progress = run["progress"]
+    assert progress["fraction"] == 1.0
+    assert progress["data"]["rows"] == 48
+    assert progress["data"]["targets"] == {"feedback": 48}
+    row = runtime.cartridges.serving("zoo")
+    assert row is not None
+    assert (row.id, row.run_id) == (progress["cartridge"], run["id"])
+    arms = progress["evaluation"]["arms"]
+    assert arms["cartridge"]["nll"]["mean"] < 0.7 * arms["memoryless"]["nll"]["mean"]
+    assert arms["cartridge"]["attended"] < arms["long_prompt"]["attended"] / 4
+    assert row.metrics["verdict"]["passed"] is True
+    logged = runtime.distillery.metrics(run["id"], 0)
+    assert [line["step"] for line in logged["metrics"] if "loss" in line and "learning_rate" in line][:3] == [1, 2, 3]
+    assert runtime.distillery.metrics(run["id"], logged["next"])["metrics"] == []
+    # What it learned from is forgotten: it goes on to serve, is stale, and the schedule says so.
+    assert runtime.distillery.outlook("zoo")["would_start"] is None
+    newest = runtime.history.page(domain="zoo", limit=1)[0]
+    runtime.forget(actor="test", experience_id=newest.id)
+    stale = runtime.cartridges.serving("zoo")
+    assert stale is not None
+    assert stale.stale
+    assert {item["name"]: item["fires"] for item in runtime.distillery.outlook("zoo")["triggers"]}["stale"]
+    runtime.cartridges.check_invariants()
+    runtime.distillery.runs.check_invariants()
+
+
+def test_too_little_is_said_and_nothing_serves(make: Callable[..., Runtime]) -> None:
+    runtime = make()
+    _live(runtime, 6)
+    overrides = {**LEARNING, "gate": {"min_rows": 50}}
+    run = _ended(runtime, runtime.distillery.begin("zoo", preset="quick", overrides=overrides)["id"])
+    assert run["state"] == "rejected"
+    assert "not enough held-out rows" in run["progress"]["detail"]
+    assert runtime.cartridges.serving("zoo") is None
+    assert [row.state for row in runtime.cartridges.list("zoo")] == ["rejected"]
+    runtime.history.append([NewExperience("just talk", "yes", domain="chat", source="test")])
+    run = _ended(runtime, runtime.distillery.begin("chat", preset="quick", overrides=LEARNING)["id"])
+    assert run["state"] == "skipped"
+    assert "can become a row" in run["progress"]["detail"]
+
+
+def test_the_teacher_is_the_engine_where_nobody_judged(make: Callable[..., Runtime]) -> None:
+    runtime = make()
+    items = [NewExperience(f"say {word} {n}", "yes", domain="chat", source="test") for n in range(3) for word in WORDS]
+    runtime.history.append(items)
+    overrides = {
+        **LEARNING,
+        "data": {"targets": "teacher", "eval_share": 0.25},
+        "teacher": {"max_tokens": 4, "max_prompt_tokens": 200},
+        "gate": {"min_rows": 2, "metric": "auto"},
+    }
+    run = _ended(runtime, runtime.distillery.begin("chat", preset="quick", overrides=overrides)["id"])
+    assert run["state"] in ("promoted", "rejected"), run
+    assert run["progress"]["verdict"]["metric"] == "kl"
+    assert run["progress"]["data"]["targets"] == {"teacher": 24}
+
+
+def test_a_restart_goes_on_where_it_stood(make: Callable[..., Runtime]) -> None:
+    runtime = make()
+    _live(runtime)
+    slow = {**LEARNING, "training": {**LEARNING["training"], "max_steps": 400, "early_stop_patience": 0}}
+    run_id = runtime.distillery.begin("zoo", preset="quick", overrides=slow)["id"]
+    deadline = time.monotonic() + 60
+    while runtime.distillery.run(run_id)["progress"].get("step", 0) < 10 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    runtime.shutdown(20)
+    again = make()
+    waiting = again.distillery.run(run_id)
+    assert waiting["state"] in ("queued", "running")
+    again.distillery.cancel(run_id)
+    assert _ended(again, run_id)["state"] == "cancelled"
+    steps = [line["step"] for line in again.distillery.metrics(run_id, 0)["metrics"] if "learning_rate" in line]
+    assert steps == list(range(1, len(steps) + 1)), "every step once, none lost"
+    assert len(steps) >= 10
+
+
+def test_what_cannot_be_asked_is_refused(make: Callable[..., Runtime]) -> None:
+    runtime = make()
+    distillery = runtime.distillery
+    with pytest.raises(InvalidRequest, match="nothing was lived through"):
+        distillery.begin("unknown")
+    _live(runtime)
+    with pytest.raises(InvalidRequest, match=r"training\.max_stepz: unknown key; did you mean training\.max_steps"):
+        distillery.begin("zoo", overrides={"training": {"max_stepz": 1}})
+    with pytest.raises(InvalidRequest, match=r"one of: .*quick"):
+        distillery.begin("zoo", preset="../../etc/passwd")
+    with pytest.raises(UnknownRun):
+        distillery.run("run-000000000000")
+    slow = {**LEARNING, "training": {**LEARNING["training"], "max_steps": 5000, "early_stop_patience": 0}}
+    run_id = distillery.begin("zoo", preset="quick", overrides=slow)["id"]
+    with pytest.raises(RunUnderWay, match=run_id):
+        distillery.begin("zoo")
+    distillery.cancel(run_id)
+    assert _ended(runtime, run_id)["state"] == "cancelled"
+    with pytest.raises(InvalidAction, match="nothing to cancel"):
+        distillery.cancel(run_id)
+
+
+def test_the_schedule_starts_what_a_trigger_asks_for(make: Callable[..., Runtime], tmp_path: Path) -> None:
+    preset = tmp_path / "often.yaml"
+    preset.write_text(
+        "schedule: {enabled: true, when: {every_episodes: 40}}\ndata: {targets: feedback}\n"
+        "training: {slots: 16, max_steps: 4, warmup_steps: 1, rows: 4, max_tokens: 64}\ngate: {min_rows: 2}\n"
+    )
+    runtime = make(preset=str(preset), automatic=True, check_seconds=0.1)
+    _live(runtime, 39)
+    time.sleep(0.5)
+    assert runtime.distillery.page("zoo", 5) == []
+    _live(runtime, 48)  # equal contents: other experiences all the same
+    deadline = time.monotonic() + 30
+    while not (found := runtime.distillery.page("zoo", 5)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert found[0]["trigger"] == "episodes"
+    _ended(runtime, found[0]["id"])
+    time.sleep(0.5)
+    assert len(runtime.distillery.page("zoo", 5)) == 1, "what was learned does not trigger again"
+    assert runtime.distillery.schedule()["next_look"] is not None
+
+
+def test_without_a_model_it_says_so(tmp_path: Path) -> None:
+    settings = load_settings(
+        environ={},
+        overrides={"data_dir": str(tmp_path), "model": {"load": False}, "kernels": {"spawn_default": False}},
+    )
+    runtime = Runtime(settings)
+    runtime.start()
+    try:
+        _live(runtime)
+        with pytest.raises(NotReady):
+            runtime.distillery.begin("zoo")
+        assert runtime.distillery.schedule()["working"] is False
+    finally:
+        runtime.shutdown(5)
