@@ -52,7 +52,7 @@ def to_files(cartridge: Cartridge) -> tuple[dict[str, bytes], Manifest]:
         for part, tensor in (("keys", keys), ("values", values)):
             if not bool(tensor.isfinite().all()):
                 raise ValueError(f"layer {layer}: the {part} hold NaN or infinity; train it again with a lower rate")
-            tensors[f"layers.{layer}.{part}"] = tensor.detach().cpu().contiguous()
+            tensors[f"layers.{layer}.{part}"] = tensor.detach().cpu().contiguous().clone()  # safetensors shares nothing
     contents = {TENSORS: safetensors.torch.save(tensors)}
     if cartridge.experience_ids:
         contents[EXPERIENCES] = (json.dumps(list(cartridge.experience_ids)) + "\n").encode()
