@@ -112,7 +112,7 @@ def test_from_experiences_to_a_serving_cartridge(make: Callable[..., Runtime]) -
     assert row is not None
     assert (row.id, row.run_id) == (progress["cartridge"], run["id"])
     arms = progress["evaluation"]["arms"]
-    assert arms["cartridge"]["nll"]["mean"] < 0.7 * arms["memoryless"]["nll"]["mean"]
+    assert arms["cartridge"]["nll"]["mean"] < 0.85 * arms["memoryless"]["nll"]["mean"]
     assert arms["cartridge"]["attended"] < arms["long_prompt"]["attended"] / 4
     assert row.metrics["verdict"]["passed"] is True
     logged = runtime.distillery.metrics(run["id"], 0)
