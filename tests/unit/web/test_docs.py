@@ -9,6 +9,8 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
+from memory.cartridges.archive import pack
+from memory.cartridges.cartridge import make_cartridge
 from olympus.access import SCOPES
 from olympus.requests import QueryRequest, SpawnRequest
 from settings import ROOT
@@ -18,6 +20,7 @@ from web.app import create_app
 from web.auth import OPEN
 from web.schemas import ChatBody
 from web.stream import TOPICS
+from workspace.prefix import prefix_of_tokens
 
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 
@@ -53,24 +56,30 @@ def test_scopes_topics_and_open_routes_are_documented() -> None:
 
 def test_the_examples_are_taken(make_runtime: MakeRuntime) -> None:
     """Each curl command of the page, sent to a server: nothing is refused for its form."""
-    client = create_app(runtime=make_runtime(model=True)).test_client()
+    runtime = make_runtime(model=True)
+    client = create_app(runtime=runtime).test_client()
+    loaded = runtime.engine.loaded
+    cartridge = make_cartridge(loaded, prefix_of_tokens(loaded, list(range(2, 18))), domain="support")
+    runtime.cartridges.promote(runtime.cartridges.register(cartridge).id)
+    files = {"kernels": archive_bytes(), "cartridges": pack(cartridge, "native")}
     spawned = client.post("/olympus/kernels/spawn", json={"domain": "support", "train": False})
     commands = re.findall(r"^    curl (.*(?:\\\n.*|\n      .*)*)", PAGE, re.MULTILINE)
     assert len(commands) > 25
     for command in commands:
         text = re.sub(r"\\?\n\s+", " ", command).replace("$ID", spawned.json["kernel"]["kernel_id"])
         text = text.replace("smollm2-135m-instruct", "tiny-llama")
-        assert _send(client, text) not in (400, 405, 415, 421, 422, 500), text
+        assert _send(client, text, files) not in (400, 405, 415, 421, 422, 500), text
 
 
-def _send(client: FlaskClient, command: str) -> int:
+def _send(client: FlaskClient, command: str, files: dict[str, bytes]) -> int:
     path = re.search(r'\$URL([^\s"]*)', command)
     body = re.search(r"-d '(.*)'", command)
     method = re.search(r"-X (\w+)", command)
     assert path is not None, command
     data = {} if body is None else {"json": json.loads(body.group(1))}
     if "--data-binary" in command:
-        data, method = {"data": archive_bytes(), "content_type": "application/zip"}, re.search("(POST)", "POST")
+        kind = path.group(1).split("/")[2]
+        data, method = {"data": files[kind], "content_type": "application/zip"}, re.search("(POST)", "POST")
     if "-c jar" in command:
         data, method = {"data": {"key": "x"}}, re.search("(POST)", "POST")
     chosen = method.group(1) if method else ("POST" if body else "GET")
