@@ -199,12 +199,20 @@ class EpisodicSettings(_Section):
     )
     max_entries: int = Field(200_000, ge=1, description="Experiences that can be recalled: the newest.")
     approximate_from: int = Field(50_000, ge=100, description="Vectors from which on not every one is looked at.")
-    words_weight: float = Field(0.5, ge=0, le=10, description="Weight of words against 1 for meaning.")
+    words_weight: float = Field(2.0, ge=0, le=10, description="Weight of rare words against 1 for meaning.")
+
+
+class ChatMemorySettings(_Section):
+    """Chats that are answered with their domain's cartridge in place of a long history."""
+
+    enabled: bool = Field(False, description="For requests that do not say; those that do decide themselves.")
+    recent_turns: int = Field(4, ge=0, description="Last turns that stay in the prompt as they are.")
 
 
 class MemorySettings(_Section):
     """Memories of the history."""
 
+    chat: ChatMemorySettings = Field(default_factory=ChatMemorySettings)
     episodic: EpisodicSettings = Field(default_factory=EpisodicSettings)
 
 

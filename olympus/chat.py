@@ -21,6 +21,7 @@ import structlog
 
 from memory.history import History, Record
 from olympus.chat_cartridges import ChatCartridges
+from olympus.chat_memory import ChatMemory
 from olympus.chat_record import from_record, observation, request_id, to_experience
 from olympus.chat_types import (
     ChatFinished,
@@ -63,6 +64,7 @@ class ChatService:
         hub: EventHub,
         workbench_provider: Callable[[], Workbench] = lambda: Workbench(None, "this server has none"),
         cartridges: ChatCartridges | None = None,
+        memory: ChatMemory | None = None,
     ) -> None:
         self._engine_settings = settings.engine
         self._default_domain = settings.kernels.default_domain
@@ -70,6 +72,7 @@ class ChatService:
         self._engine_provider = engine_provider
         self._workbench_provider = workbench_provider
         self._cartridges = cartridges
+        self._memory = memory
         self._history = history
         self._hub = hub
         self._lock = threading.Lock()
@@ -113,16 +116,22 @@ class ChatService:
         used: tuple[str, ...] = ()
         if self._cartridges is not None and (found := self._cartridges.prefix(engine.loaded, request.cartridges)):
             options["prefix"], used = found  # its own until it ends, whatever is promoted meanwhile
-        workbench = self._workbench_provider()
         domain, said = request.domain or self._default_domain, observation(request.messages)
+        told: dict[str, Any] | None = None
+        if self._memory is not None and self._memory.wanted(request):
+            remembered = self._memory.remember(engine.loaded, request, domain, messages, named=bool(used))
+            messages, told = remembered.messages, remembered.report
+            if remembered.prefix is not None:
+                options["prefix"], used = remembered.prefix, remembered.cartridges
+        workbench = self._workbench_provider()
         run = workbench.run(request.workspace, session=request.session_id, domain=domain, question=said)
         if run is None:
-            return _Submitted(engine.submit(messages, params, **options), cartridges=used)
+            return _Submitted(engine.submit(messages, params, **options), cartridges=used, memory=told)
         steered = engine.submit(workbench.with_memories(messages, run), params, request_context=run, **options)
         if request.workspace is None or not request.workspace.compare:
-            return _Submitted(steered, run, cartridges=used)
+            return _Submitted(steered, run, cartridges=used, memory=told)
         try:
-            return _Submitted(steered, run, Baseline(engine.submit(messages, params, **options)), used)
+            return _Submitted(steered, run, Baseline(engine.submit(messages, params, **options)), used, told)
         except BaseException:
             steered.cancel()
             raise
@@ -190,12 +199,13 @@ class ChatService:
 
 @dataclass(frozen=True)
 class _Submitted:
-    """A generation, the workspace that serves it, the other side of a comparison, and its cartridges."""
+    """A generation, the workspace that serves it, the other side of a comparison, its cartridges and its memory."""
 
     generation: Generation
     workspace: WorkspaceRun | None = None
     baseline: Baseline | None = None
     cartridges: tuple[str, ...] = ()
+    memory: Mapping[str, Any] | None = None
 
 
 class ChatRun:
@@ -222,6 +232,7 @@ class ChatRun:
         self._workspace = None if submitted is None else submitted.workspace
         self._baseline = None if submitted is None else submitted.baseline
         self._cartridges = () if submitted is None else submitted.cartridges
+        self._memory = None if submitted is None else submitted.memory
         self._logprobs: list[float] = []
         self._steps: list[Step] | None = [] if request.exact else None
         self._replay = replay
@@ -324,6 +335,7 @@ class ChatRun:
             compare=compare,
             cartridges=self._cartridges,
             cartridge_slots=finished.usage.cartridge_slots,
+            memory=self._memory,
             steps=self._all_steps(finished),
         )
         if self._workspace is not None:

@@ -55,6 +55,7 @@ def from_record(record: Record) -> tuple[Delta, ChatFinished]:
         tool_calls=calls,
         workspace=record.meta.get("workspace"),
         cartridges=tuple(record.meta.get("cartridges", ())),
+        memory=record.meta.get("memory"),
         cartridge_slots=record.meta.get("cartridge_slots", 0),
     )
     return Delta(record.action, reasoning=reasoning, tool_calls=told), finished
@@ -93,6 +94,8 @@ def _meta(request: ChatRequest, model: ModelCard, key: str | None, finished: Cha
         meta["workspace"] = dict(finished.workspace)
     if finished.cartridges:
         meta["cartridges"], meta["cartridge_slots"] = list(finished.cartridges), finished.cartridge_slots
+    if finished.memory is not None:
+        meta["memory"] = dict(finished.memory)
     if key is not None:
         meta["request_sha256"] = request.fingerprint()
     return meta

@@ -70,6 +70,14 @@ class CartridgeWish:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryWish:
+    """What a request says about its memory (``chat_memory``). None means: as the settings say."""
+
+    enabled: bool | None = None
+    recent_turns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ChatRequest:
     """What a client wants. None means: as the settings say. ``messages`` hold plain text contents.
 
@@ -95,6 +103,7 @@ class ChatRequest:
     reasoning_effort: str | None = None
     workspace: WorkspaceWish | None = None
     cartridges: tuple[CartridgeWish, ...] = ()
+    memory: MemoryWish | None = None
     ignore_eos: bool = False
     exact: bool = False
     session_id: str | None = None
@@ -112,7 +121,7 @@ class ChatRequest:
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=_plain).encode()).hexdigest()
 
 
-_YOUNGER = ("tools", "reasoning_effort", "workspace", "cartridges", "ignore_eos", "exact")
+_YOUNGER = ("tools", "reasoning_effort", "workspace", "cartridges", "memory", "ignore_eos", "exact")
 
 
 def _plain(value: Any) -> Any:
@@ -169,7 +178,8 @@ class ChatFinished:
 
     ``reasoning_tokens`` is None for models that have no channel for reasoning. ``workspace`` is what the workspace did,
     ``trace`` its numbers for every token, ``compare`` both answers; each None where it was not asked for.
-    ``cartridges`` are the ids that served, ``cartridge_slots`` what was attended of them.
+    ``cartridges`` are the ids that served, ``cartridge_slots`` what was attended of them, ``memory`` what stood in for
+    the history.
     """
 
     finish_reason: FinishReason
@@ -189,4 +199,5 @@ class ChatFinished:
     compare: Mapping[str, Any] | None = None
     cartridges: tuple[str, ...] = ()
     cartridge_slots: int = 0
+    memory: Mapping[str, Any] | None = None
     steps: tuple[Step, ...] | None = None

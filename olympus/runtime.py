@@ -26,6 +26,7 @@ from olympus.admission import Admission
 from olympus.cartridge_desk import CartridgeDesk
 from olympus.chat import ChatService
 from olympus.chat_cartridges import ChatCartridges
+from olympus.chat_memory import ChatMemory
 from olympus.distillery import Distillery
 from olympus.errors import ModelNotReady
 from olympus.remembering import MemoryDisabled, make_memory
@@ -89,6 +90,7 @@ class Runtime:
             self.hub,
             lambda: self.workbench,
             ChatCartridges(self.shelf, settings.cartridges.most_per_request),
+            ChatMemory(self.history, self.cartridges, self.shelf, settings.memory.chat),
         )
         self._lock = files.DataDirLock(settings.data_dir)
         self._engine: Engine | None = None

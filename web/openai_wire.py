@@ -172,7 +172,7 @@ def ours(finished: ChatFinished) -> dict[str, Any]:
     }
     if finished.cartridges:
         told["cartridges"] = list(finished.cartridges)
-    for name in ("trace", "compare"):
+    for name in ("memory", "trace", "compare"):
         value = getattr(finished, name)
         if value is not None:
             told[name] = value

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
-from olympus.chat_types import ChatRequest, WorkspaceWish
+from olympus.chat_types import ChatRequest, MemoryWish, WorkspaceWish
 from olympus.requests import MAX_TEXT, Name, Text
 from web.cartridge_requests import CartridgeList, take_tags
 
@@ -150,6 +150,23 @@ def _workspace(value: Any) -> Any:
 Workspace = Annotated[WorkspaceBody | None, BeforeValidator(_workspace)]
 
 
+class MemoryBody(_Body):
+    """Whether the domain's cartridge stands in for a long history, and how many turns stay as they are."""
+
+    enabled: bool | None = None
+    recent_turns: Annotated[int, Field(ge=0, le=1000)] | None = None
+
+
+def _memory(value: Any) -> Any:
+    """``true`` and ``false``; an object is a wish for it unless it says otherwise."""
+    if isinstance(value, bool):
+        return {"enabled": value}
+    return {"enabled": True, **value} if isinstance(value, dict) else value
+
+
+Memory = Annotated[MemoryBody | None, BeforeValidator(_memory)]
+
+
 class OlympusOptions(_Body):
     """Ours, in a field of its own: clients that check OpenAI's fields pass it on as it is."""
 
@@ -157,6 +174,7 @@ class OlympusOptions(_Body):
     domain: Name | None = None
     workspace: Workspace = None
     cartridges: CartridgeList | None = None
+    memory: Memory = None
 
 
 class ChatBody(_Body):
@@ -183,6 +201,7 @@ class ChatBody(_Body):
     domain: Name | None = None
     workspace: Workspace = None
     cartridges: CartridgeList | None = None
+    memory: Memory = None
     logprobs_in_fingerprint: bool | None = None
     ignore_eos: bool | None = None
     olympus: OlympusOptions | None = None
@@ -224,6 +243,7 @@ class ChatBody(_Body):
             ("domain and olympus.domain", self.domain, inner.domain),
             ("workspace and olympus.workspace", self.workspace, inner.workspace),
             ("cartridges and olympus.cartridges", self.cartridges, inner.cartridges),
+            ("memory and olympus.memory", self.memory, inner.memory),
         ):
             if one is not None and other is not None and one != other:
                 raise PydanticCustomError("value_error", "{name} differ; give one of them", {"name": name})
@@ -238,6 +258,7 @@ class ChatBody(_Body):
         """What the chat service takes."""
         inner = self.olympus or OlympusOptions()
         wish = self.workspace or inner.workspace
+        memory = self.memory or inner.memory
         messages, tagged = take_tags([message.to_template() for message in self.messages])
         named = tuple(item.to_wish() for item in self.cartridges or inner.cartridges or ())
         return ChatRequest(
@@ -258,6 +279,7 @@ class ChatBody(_Body):
             reasoning_effort=None if self.reasoning_effort is None else str(self.reasoning_effort),
             workspace=None if wish is None else WorkspaceWish(**wish.model_dump()),
             cartridges=(*named, *tagged),
+            memory=None if memory is None else MemoryWish(**memory.model_dump()),
             ignore_eos=bool(self.ignore_eos),
             exact=bool(self.logprobs_in_fingerprint),
             session_id=self.session or inner.session,
