@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)  # in place of this folder: workspace.py here has the name of a package
 
 from settings import load_settings, prepare_process_environment  # noqa: E402
 

@@ -4,9 +4,9 @@ The rows of the history are the one truth. Beside them this keeps an index (``me
 fills and follows (``memory.episodic_follower``), and asks the rows themselves before anything is shown: what has a
 tombstone is never found, whatever an index still holds.
 
-Two rankings are fused by the reciprocals of their ranks (Cormack et al. 2009): BM25 over words, and cosines of
-embeddings. Words find names, numbers and codes; meanings find what was said in other words. A cosine below the
-embedding's ``floor`` counts as nothing in common. While there is no embedding (it is loading, it is off, it failed)
+Two rankings are fused by the reciprocals of their ranks (``fuse``, after Cormack et al. 2009): BM25 over words, and
+cosines of embeddings. Words find names, numbers and codes; meanings find what was said in other words. A cosine below
+the embedding's ``floor`` counts as nothing in common. While there is no embedding (it is loading, it is off, it failed)
 the words answer alone.
 
 It is a ``workspace.recall.Recall``: what enters a prompt is cut to its budget of tokens by whoever builds the prompt.
@@ -14,6 +14,7 @@ It is a ``workspace.recall.Recall``: what enters a prompt is cut to its budget o
 
 from __future__ import annotations
 
+import bisect
 import logging
 import threading
 from collections import OrderedDict
@@ -43,6 +44,7 @@ EmbeddingChoice = Literal["auto", "minilm", "engine", "none"]
 IndexChoice = Literal["auto", "faiss", "pgvector"]
 
 _RANK_OFFSET = 60  # of the fusion, as its authors chose it
+_ABOUT_AS_WELL = 0.7
 _DEPTH = 50  # of each ranking that is fused
 _SHOWN = 600  # characters of an observation or an action in a recollection
 _SNIPPET = 240
@@ -59,7 +61,7 @@ class EpisodicOptions:
     index: IndexChoice = "auto"
     max_entries: int = 200_000
     approximate_from: int = 50_000
-    words_weight: float = 0.5
+    words_weight: float = 2.0
     cache_dir: Path = Path(".cache")
 
 
@@ -290,23 +292,30 @@ Ranked = tuple[int, float, Part | None, Part | None]
 def fuse(
     words: Sequence[tuple[int, float]], meanings: Sequence[tuple[int, float]], words_weight: float
 ) -> list[Ranked]:
-    """``(id, score, words, meaning)`` by falling score: reciprocal rank fusion, ranks counted from 1.
+    """``(id, score, words, meaning)`` by falling score, from two rankings ``(id, own score)``, best first.
 
-    The score of a result that leads both rankings is 1.
+    Reciprocal rank fusion, in which all that fits the words about as well shares their weight: a number that stands in
+    one text decides, words that stand in many hardly count. (Measured in benchmarks/results/memory.md: with a fixed
+    weight either numbers are not found, or common words spoil what meaning has found.) Without meanings the words'
+    ranks count alone. What leads all alone in both has the score 1.
     """
-    by_words = {known: Part(rank, score) for rank, (known, score) in enumerate(words, 1)}
-    by_meaning = {known: Part(rank, score) for rank, (known, score) in enumerate(meanings, 1)}
-    whole = (words_weight if words else 0.0) + (1.0 if meanings else 0.0)
-
-    def score(known: int) -> float:
-        total = 0.0
-        for part, weight in ((by_words.get(known), words_weight), (by_meaning.get(known), 1.0)):
-            total += weight * (_RANK_OFFSET + 1) / (_RANK_OFFSET + part.rank) if part is not None else 0.0
-        return total / whole
-
-    ids = by_words.keys() | by_meaning.keys()
-    ranked = [(known, score(known), by_words.get(known), by_meaning.get(known)) for known in ids]
+    shares = [words_weight / rivals if meanings else 1.0 for rivals in _rivals([score for _, score in words])]
+    whole = 1.0 + words_weight if meanings and words else 1.0
+    totals: dict[int, float] = {}
+    by_words: dict[int, Part] = {}
+    by_meaning: dict[int, Part] = {}
+    for parts, ranking, weights in ((by_words, words, shares), (by_meaning, meanings, [1.0] * len(meanings))):
+        for rank, ((known, score), weight) in enumerate(zip(ranking, weights, strict=True), 1):
+            parts[known] = Part(rank, score)
+            totals[known] = totals.get(known, 0.0) + weight * (_RANK_OFFSET + 1) / (_RANK_OFFSET + rank) / whole
+    ranked = [(known, total, by_words.get(known), by_meaning.get(known)) for known, total in totals.items()]
     return sorted(ranked, key=lambda item: (-item[1], -item[0]))  # of equals the newer one
+
+
+def _rivals(scores: Sequence[float]) -> list[int]:
+    """For each of the falling ``scores``, how many are at least ``_ABOUT_AS_WELL`` times as high, itself included."""
+    rising = [-score for score in scores]
+    return [bisect.bisect_right(rising, -_ABOUT_AS_WELL * score) for score in scores]
 
 
 def snippet(experience: Remembered, asked: set[str]) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 from flask import Blueprint, jsonify
 from flask.typing import ResponseReturnValue
 
-from memory.episodic import Filters, Found
+from memory.catalog import Filters
+from memory.episodic import Found
 from web.auth import requires
 from web.context import runtime
 from web.jsonio import parse_query

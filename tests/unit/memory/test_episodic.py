@@ -325,4 +325,14 @@ def test_fusion_prefers_what_both_rankings_know() -> None:
     alone = fuse([(1, 9.0), (2, 8.0)], [], 0.5)
     assert [known for known, *_ in alone] == [1, 2]
     assert alone[0][1] == 1.0
+    assert fuse([(1, 9.0)], [(1, 0.9)], 2.0)[0][1] == pytest.approx(1.0)
+    assert fuse([], [(3, 0.8)], 2.0)[0][1] == pytest.approx(1.0)
     assert fuse([], [], 0.5) == []
+
+
+def test_rare_words_decide_and_common_ones_hardly_count() -> None:
+    meanings = [(number, 0.9 - number / 100) for number in range(1, 40)]
+    rare = fuse([(99, 9.0), *((number, 0.5) for number in range(10, 40))], meanings, 2.0)
+    assert rare[0][0] == 99
+    common = fuse([(99, 9.0), *((number, 8.0) for number in range(10, 40))], meanings, 2.0)
+    assert [known for known, *_ in common[:5]] == [1, 2, 3, 4, 5]
