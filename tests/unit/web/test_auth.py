@@ -19,6 +19,7 @@ from web.auth import OPEN, check_every_view_is_guarded
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 VALUES = {
     "run_id": "run-000000000000",
+    "cartridge_id": "memory_v0001",
     "kernel_id": "zeus-000000",
     "name": "step-00000001",
     "experience_id": 1,
@@ -44,7 +45,7 @@ def test_without_a_key_nothing_answers_but_the_short_list(guarded: Flask) -> Non
     """Every route with every method: what is not on the list sends people to the form and programs away."""
     client = guarded.test_client()
     opened = {(path, method) for endpoint, path, methods in _paths(guarded) if endpoint in OPEN for method in methods}
-    assert {path for path, _ in opened} == {"/healthz", "/readyz", "/static/x.js", "/login"}
+    assert {path for path, _ in opened} == {"/healthz", "/readyz", "/ping", "/static/x.js", "/login"}
     for (endpoint, path, methods), method in itertools.product(_paths(guarded), METHODS):
         status = (response := client.open(path, method=method)).status_code
         if (path, method) in opened:

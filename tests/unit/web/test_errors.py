@@ -83,7 +83,7 @@ def test_problem_json_has_all_members(client: FlaskClient) -> None:
 def test_a_method_that_is_not_possible_names_those_that_are(client: FlaskClient) -> None:
     response = client.put("/olympus/history")
     assert response.status_code == 405
-    assert set(response.headers["Allow"].split(", ")) == {"GET", "HEAD", "OPTIONS", "DELETE"}
+    assert set(response.headers["Allow"].split(", ")) == {"GET", "HEAD", "OPTIONS", "POST", "DELETE"}
     assert "PUT is not possible here; possible: DELETE, GET" in response.json["detail"]
     response = client.get("/v1/chat/completions")
     assert (response.status_code, response.json["error"]["type"]) == (405, "invalid_request_error")
