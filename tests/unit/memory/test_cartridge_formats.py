@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import zipfile
 from collections.abc import Callable
@@ -241,6 +242,32 @@ def test_files_of_others_are_read(model: LoadedModel, tmp_path: Path) -> None:
         slots = read_torch_file(tmp_path / f"{number}.pt")
         assert slots.frozen == frozen
         same(whole, slots.keys, slots.values)
+
+
+def test_no_torch_file_is_opened_without_the_restricted_reader() -> None:
+    root = Path(__file__).resolve().parents[3]
+    floors = (
+        "agents",
+        "cli",
+        "lm",
+        "memory",
+        "olympus",
+        "qig_core",
+        "scripts",
+        "storage",
+        "telemetry",
+        "web",
+        "workspace",
+    )
+    places = [
+        (path.relative_to(root).as_posix(), line)
+        for floor in floors
+        for path in (root / floor).rglob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"(?<!safetensors\.)torch\.load\(", line)
+    ]
+    assert {place for place, _ in places} == {"memory/cartridges/torch_format.py", "workspace/capture_blob.py"}
+    assert all("weights_only=True" in line for _, line in places)
 
 
 class Evil:
