@@ -90,7 +90,7 @@ class Encoder:
     def answer(self, messages: Sequence[Message], content: str, *, after_prefix: bool) -> list[int]:
         """The tokens of ``content`` as an answer to ``messages``, up to and with the one that ends the turn."""
         if self.loaded.chat_stop:  # a plain transcript: the next line of the user ends the turn
-            return self._plain(f" {content}{self.loaded.chat_stop[0]}")
+            return self.plain(f" {content}{self.loaded.chat_stop[0]}")
         prompt = self.prompt(messages, after_prefix=after_prefix)
         answered = [*messages, {"role": "assistant", "content": content}]
         whole = self._prompting.render(answered, after_prefix=after_prefix, add_generation_prompt=False)
@@ -99,7 +99,7 @@ class Encoder:
             found = next((place for place in ends if place >= len(prompt)), len(whole) - 1)
             return whole[len(prompt) : found + 1]
         # Templates that write an old answer in another way than the model would (without its thinking, say).
-        return [*self._plain(content), *([whole[ends[-1]]] if ends else sorted(self.loaded.eos_ids)[:1])]
+        return [*self.plain(content), *([whole[ends[-1]]] if ends else sorted(self.loaded.eos_ids)[:1])]
 
     def example(
         self, row: Row, *, name: str, top_k: int, max_tokens: int, gold_weight: float = 1.0, after_prefix: bool = True
@@ -150,7 +150,7 @@ class Encoder:
         weight = row.weight * (gold_weight if top is None else 1.0)
         return Example(name, (*prompt, *ids), len(prompt), targets, weight)
 
-    def _plain(self, text: str) -> list[int]:
+    def plain(self, text: str) -> list[int]:
         """Token ids of text in which control tokens are ordinary characters."""
         ids = self.loaded.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return [int(number) for number in ids]

@@ -32,7 +32,8 @@ with joined_ranks() as ranks:
     loaded = tiny_loaded(folder / f"model-{ranks.rank}", num_hidden_layers=2)
     init = text_prefix(loaded, "The quick brown fox", TRAINING.slots)
     rows = gold_rows(7)
-    for config in (TRAINING.model_copy(update={"max_steps": 8}), TRAINING.model_copy(update={"rows": 1, "max_steps": 2})):
+    for changes in ({"max_steps": 8}, {"rows": 1, "max_steps": 2}):
+        config = TRAINING.model_copy(update=changes)
         out = folder / f"run-{config.rows}"
         result = train_cartridge(loaded, rows, rows[:3], config, init, folder=out)
         torch.save([*result.prefix.keys, *result.prefix.values], folder / f"prefix-{config.rows}-{ranks.rank}.pt")
