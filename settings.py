@@ -210,8 +210,9 @@ class ChatMemorySettings(_Section):
 
 
 class MemorySettings(_Section):
-    """Memories of the history."""
+    """The history and its memories."""
 
+    import_max_bytes: int = Field(64 << 20, ge=1 << 10, description="Largest file of history that can be imported.")
     chat: ChatMemorySettings = Field(default_factory=ChatMemorySettings)
     episodic: EpisodicSettings = Field(default_factory=EpisodicSettings)
 

@@ -27,7 +27,7 @@ from memory.catalog import Filters
 from memory.embedding import EngineEmbedding, open_minilm
 from memory.episodic_follower import Courtesy, Follower
 from memory.episodic_index import EpisodicIndex
-from memory.episodic_store import EpisodicStore, Remembered
+from memory.episodic_store import EpisodicStore, Remembered, line_of
 from memory.history import History, Record
 from memory.vector_index import FaissIndex, Ids, Matrix, VectorIndex
 from memory.words import words_of
@@ -50,6 +50,7 @@ _SHOWN = 600  # characters of an observation or an action in a recollection
 _SNIPPET = 240
 _QUERY = 2000  # characters of a query that count
 _QUERIES_KEPT = 64
+_AT_ONCE = 50  # new records whose words are indexed before their writer goes on; of more, by the follower
 NOTHING_ASKED = Filters()
 
 
@@ -251,7 +252,9 @@ class EpisodicMemory:
 
     # Following.
 
-    def _hear_new(self, _: list[Record]) -> None:
+    def _hear_new(self, records: list[Record]) -> None:
+        if len(records) <= _AT_ONCE:
+            self._index.hear([line_of(record) for record in records])
         self._follower.wake()
 
     def _hear_changed(self, ids: Sequence[int]) -> None:

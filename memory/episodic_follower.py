@@ -165,22 +165,22 @@ class Follower:
 
     def _follow(self) -> bool:
         self._index.about_to_read()
-        lines, cursor = self._store.after(self._cursor)
-        self._pending += self._index.take(lines)
-        moved, self._cursor = cursor > self._cursor, cursor
+        page = self._store.after(self._cursor)
+        self._pending += self._index.take(page, page.cursor)
+        moved, self._cursor = page.cursor > self._cursor, page.cursor
         return moved
 
     def _page_back(self) -> bool:
         if self.complete:
             return False
         self._index.about_to_read()
-        lines, cursor = self._store.before(self._back)
+        page = self._store.before(self._back)
         full = len(self._index) >= self._max_entries
-        self._index.take(lines)
-        if cursor == self._back or full:
+        self._index.take(page)
+        if page.cursor == self._back or full:
             self._pending = self._index.without_vector()
             self.complete = True
-        self._back = cursor
+        self._back = page.cursor
         return True
 
     def _embed(self) -> bool:

@@ -1,8 +1,10 @@
 """What the episodic memory holds ready: a catalog, words and vectors of the same experiences, and their lock.
 
-One thread fills it (``memory.episodic_follower``); deletions and judgements arrive in whatever thread wrote them and
-count before that thread goes on: what was removed is masked at once, and cleared out of words and vectors a moment
-later. A deletion that overtakes the reading of its row is remembered until the row arrives.
+One thread fills it (``memory.episodic_follower``). What is written, judged or deleted meanwhile arrives in the thread
+that wrote it, too, and counts before that thread goes on: a new row is found by its words, a deleted one is masked, and
+cleared out of words and vectors a moment later. Two threads may overtake each other here. A verdict that is here before
+its row is remembered until the row was read; a row that is here early is looked at again when the filling thread reads
+it, tombstone or not.
 
 A copy of rows and no truth: it is built anew at every start. Not here: where vectors come from, ranking, texts.
 """
@@ -16,6 +18,7 @@ from dataclasses import replace
 import numpy as np
 
 from memory.catalog import Catalog, Filters, Line
+from memory.episodic_store import Page
 from memory.vector_index import Ids, Matrix, VectorIndex
 from memory.words import Words
 
@@ -31,6 +34,7 @@ class EpisodicIndex:
         self._catalog = Catalog()
         self._words = Words()
         self._overtaken: dict[int, tuple[float | None, bool]] = {}  # verdicts on rows that may be on their way here
+        self._read_to = 0  # the filling thread has read every new row up to here
         self._vectors: VectorIndex | None = None
         self._embedded: set[int] = set()
 
@@ -73,7 +77,14 @@ class EpisodicIndex:
         """The index of vectors, when there is one."""
         return self._vectors
 
-    # Verdicts, in the thread of whoever wrote them.
+    # In the thread of whoever wrote.
+
+    def hear(self, lines: Sequence[Line]) -> None:
+        """Rows that were just written. The filling thread reads them again."""
+        for line in lines:
+            with self._lock:
+                if line.id > self._read_to and line.id not in self._catalog:
+                    self._add(line)
 
     def judge(self, verdicts: Sequence[tuple[int, float | None, bool]]) -> None:
         """``(id, score, deleted)``, as ``History.verdicts`` gives them: what is deleted is not found from here on."""
@@ -92,17 +103,25 @@ class EpisodicIndex:
         with self._lock:
             self._overtaken.clear()
 
-    def take(self, lines: Sequence[Line]) -> list[int]:
-        """New rows; returns the ids of those that are new and live."""
-        taken: list[int] = []
-        for line in lines:
+    def take(self, page: Page, read_to: int | None = None) -> list[int]:
+        """A page as it was read; returns the ids of its rows that live. No row up to ``read_to`` is news any more."""
+        for line in page.lines:
             with self._lock:
-                score, deleted = self._overtaken.get(line.id, (line.score, False))
-                if deleted or line.id in self._catalog:
-                    continue
-                self._words.add(self._catalog.add(replace(line, score=score)), line.text)
-                taken.append(line.id)
-        return taken
+                self._add(line)
+        with self._lock:
+            for dead in page.dead:
+                self._catalog.remove(dead)
+            if read_to is not None:
+                self._read_to = read_to
+            return [line.id for line in page.lines if line.id in self._catalog]
+
+    def _add(self, line: Line) -> None:
+        """Hold a row as its latest verdict says; the lock is held."""
+        score, deleted = self._overtaken.get(line.id, (line.score, False))
+        if deleted:
+            self._catalog.remove(line.id)
+        elif line.id not in self._catalog:
+            self._words.add(self._catalog.add(replace(line, score=score)), line.text)
 
     def drop_oldest(self, count: int) -> None:
         """Hold ``count`` rows less; they stay in the history."""

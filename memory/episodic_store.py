@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from memory.catalog import Line
+from memory.history import Record
 from storage.database import Database
 from storage.models import EpisodicVector, Experience
 
@@ -53,6 +54,15 @@ class Remembered:
         return f"{said}\n{done}" if said and done else said or done
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Rows in the order in which they were asked for, and the cursor behind them."""
+
+    lines: list[Line]
+    dead: list[int]  #: ids with a tombstone
+    cursor: int
+
+
 class EpisodicStore:
     """See the module docstring. Safe to use from all threads."""
 
@@ -64,12 +74,12 @@ class EpisodicStore:
         with self._database.read() as session:
             return int(session.scalar(sa.select(sa.func.max(Experience.id))) or 0)
 
-    def after(self, cursor: int, limit: int = _PAGE) -> tuple[list[Line], int]:
-        """Living experiences above ``cursor``, oldest first, and the cursor behind them."""
+    def after(self, cursor: int, limit: int = _PAGE) -> Page:
+        """Experiences above ``cursor``, oldest first."""
         return self._lines(sa.select(*_COLUMNS).where(Experience.id > cursor).order_by(Experience.id), cursor, limit)
 
-    def before(self, cursor: int, limit: int = _PAGE) -> tuple[list[Line], int]:
-        """Living experiences below ``cursor``, newest first, and the cursor before them."""
+    def before(self, cursor: int, limit: int = _PAGE) -> Page:
+        """Experiences below ``cursor``, newest first."""
         query = sa.select(*_COLUMNS).where(Experience.id < cursor).order_by(Experience.id.desc())
         return self._lines(query, cursor, limit)
 
@@ -156,7 +166,7 @@ class EpisodicStore:
         with self._database.read() as session:
             return {name: count for name, count in session.execute(query)}
 
-    def _lines(self, query: Any, cursor: int, limit: int) -> tuple[list[Line], int]:
+    def _lines(self, query: Any, cursor: int, limit: int) -> Page:
         with self._database.read() as session:
             rows = list(session.execute(query.limit(limit)))
         lines = [
@@ -164,7 +174,13 @@ class EpisodicStore:
             for row in rows
             if row.deleted_at is None
         ]
-        return lines, rows[-1].id if rows else cursor
+        dead = [row.id for row in rows if row.deleted_at is not None]
+        return Page(lines, dead, rows[-1].id if rows else cursor)
+
+
+def line_of(record: Record) -> Line:
+    """A record as the index takes it."""
+    return Line(record.id, record.domain, record.session_id, record.created_at, record.score, _text(record))
 
 
 def _text(row: Any) -> str:

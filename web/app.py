@@ -21,6 +21,7 @@ from web import (
     errors,
     headers,
     history,
+    history_files,
     kernel_files,
     kernels,
     memory,
@@ -61,7 +62,7 @@ def create_app(settings: Settings | None = None, runtime: Runtime | None = None)
         hops = server.trusted_proxies
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]
     _install(app, runtime)
-    kept = (kernels, kernel_files, pantheon, history, memory, cartridges, distillation)
+    kept = (kernels, kernel_files, pantheon, history, history_files, memory, cartridges, distillation)
     for module in (ops, openai, tokasaurus, *kept, stream, pages):
         app.register_blueprint(module.blueprint)
     auth.check_every_view_is_guarded(app)

@@ -158,7 +158,7 @@ def _of_http(error: HTTPException) -> Problem:
     elif isinstance(error, RequestEntityTooLarge):
         limit = request.max_content_length
         usual = limit == current_app.config["MAX_CONTENT_LENGTH"]
-        kind = "cartridges" if request.blueprint == "cartridges" else "kernels"
+        kind = {"cartridges": "cartridges", "history_files": "memory"}.get(request.blueprint or "", "kernels")
         setting = "server.max_body_bytes" if usual else f"{kind}.import_max_bytes"
         detail = f"the body is larger than {limit} bytes, which is the limit ({setting})"
     elif type(error) is NotFound and error.description == NotFound.description:

@@ -353,6 +353,19 @@ class CorrectBody(_Body):
         return self
 
 
+class HistoryExportQuery(_Body):
+    """``GET /olympus/history/export``."""
+
+    domain: Name | None = None
+    format: Literal["rich", "plain"] = "rich"
+
+
+class HistoryImportQuery(_Body):
+    """``POST /olympus/history/import``: the domain of lines that name none."""
+
+    domain: Name | None = None
+
+
 class MemoryQuery(_Body):
     """``GET /olympus/memory/search``. Times are UTC seconds since the epoch, as in ``created_at``."""
 

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
+from memory.catalog import Filters, Line
 from memory.embedding import Matrix
-from memory.episodic import EpisodicMemory, EpisodicOptions, Filters, fuse
+from memory.episodic import EpisodicMemory, EpisodicOptions, fuse
 from memory.episodic_follower import Courtesy
+from memory.episodic_index import EpisodicIndex
+from memory.episodic_store import Page
 from memory.history import History, NewExperience
 from storage import migrate
 from storage.database import Database
@@ -159,6 +162,37 @@ def test_it_follows_what_comes_later(history: History, make: MakeMemory) -> None
     assert _settled(memory).status()["vectors"] == 41
     assert set(_ids(memory, "herring", limit=50)) == {*first, *more}
     assert memory.search("herring", limit=50)[0].meaning is not None
+
+
+def test_what_was_just_written_is_found_by_its_words(history: History, make: MakeMemory) -> None:
+    memory = _settled(make())
+    for number in range(30):  # a chat asks right after it has answered
+        (known,) = _tell(history, f"the secret number{number}")
+        assert _ids(memory, f"number{number}") == [known]
+        history.delete(experience_id=known)
+        assert _ids(memory, f"number{number}") == []
+    _settled(memory)
+
+
+def test_rows_and_verdicts_may_overtake_each_other() -> None:
+    index = EpisodicIndex()
+    lines = [Line(number, "general", None, 1.0, None, f"herring {number}") for number in range(1, 6)]
+    index.judge([(1, None, True), (2, 0.5, False)])
+    index.hear(lines[:2])
+    assert (1 in index, 2 in index) == (False, True), "the deletion was here first"
+    index.about_to_read()
+    index.hear(lines[2:4])
+    index.judge([(3, None, True)])
+    assert index.take(Page(lines[:4], [], 4), 4) == [1, 2, 4], "read before it was deleted"
+    index.about_to_read()
+    index.hear(lines[:4])
+    assert 3 not in index, "what comes after the reading is not news"
+    index.hear(lines[4:])  # a ghost: its deletion was forgotten when a reading began
+    assert index.take(Page([], [5], 5), 5) == []
+    assert 5 not in index
+    assert [known for known, _ in index.best_words("herring", 5, Filters(min_score=0.5))] == [2]
+    index.clear_removed()
+    index.check_invariants()
 
 
 def test_what_is_deleted_is_gone_when_delete_returns(database: Database, history: History, make: MakeMemory) -> None:

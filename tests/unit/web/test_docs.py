@@ -61,7 +61,11 @@ def test_the_examples_are_taken(make_runtime: MakeRuntime) -> None:
     loaded = runtime.engine.loaded
     cartridge = make_cartridge(loaded, prefix_of_tokens(loaded, list(range(2, 18))), domain="support")
     runtime.cartridges.promote(runtime.cartridges.register(cartridge).id)
-    files = {"kernels": archive_bytes(), "cartridges": pack(cartridge, "native")}
+    files = {
+        "kernels": archive_bytes(),
+        "cartridges": pack(cartridge, "native"),
+        "history": b'{"type": "Observation", "content": "a"}',
+    }
     spawned = client.post("/olympus/kernels/spawn", json={"domain": "support", "train": False})
     commands = re.findall(r"^    curl (.*(?:\\\n.*|\n      .*)*)", PAGE, re.MULTILINE)
     assert len(commands) > 25
@@ -79,7 +83,9 @@ def _send(client: FlaskClient, command: str, files: dict[str, bytes]) -> int:
     data = {} if body is None else {"json": json.loads(body.group(1))}
     if "--data-binary" in command:
         kind = path.group(1).split("/")[2]
-        data, method = {"data": files[kind], "content_type": "application/zip"}, re.search("(POST)", "POST")
+        mimetype = re.search(r"Content-Type: ([\w/-]+)", command)
+        assert mimetype is not None, command
+        data, method = {"data": files[kind], "content_type": mimetype.group(1)}, re.search("(POST)", "POST")
     if "-c jar" in command:
         data, method = {"data": {"key": "x"}}, re.search("(POST)", "POST")
     chosen = method.group(1) if method else ("POST" if body else "GET")

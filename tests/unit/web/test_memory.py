@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ from flask.testing import FlaskClient
 
 from memory.history import NewExperience
 from olympus.runtime import Runtime
+from storage.files import PARTIAL_PREFIX
 from tests.unit.web.conftest import MakeRuntime
 from web.app import create_app
 
@@ -106,3 +108,39 @@ def test_switched_off_is_said_so(make_runtime: MakeRuntime) -> None:
     answer = client.get("/olympus/memory/search?q=a")
     assert (answer.status_code, answer.json["code"]) == (409, "memory_disabled")
     assert client.get("/olympus/memory/status").status_code == 409
+
+
+def test_the_history_leaves_and_comes_back_as_a_file(
+    make_runtime: MakeRuntime, told: Runtime, asking: FlaskClient
+) -> None:
+    _tell(told, "the exported lighthouse", "shines", domain="lights", score=1.0)
+    rich = asking.get("/olympus/history/export?domain=lights")
+    assert rich.mimetype == "application/x-ndjson"
+    assert rich.headers["Content-Disposition"] == 'attachment; filename="memory_lights.jsonl"'
+    plain = asking.get("/olympus/history/export?domain=lights&format=plain")
+    assert [line["type"] for line in map(json.loads, plain.text.splitlines())] == ["Observation", "Action"]
+    other = make_runtime()
+    client = create_app(runtime=other).test_client()
+    body = rich.data + b"nonsense\n"
+    answer = client.post("/olympus/history/import", data=body, content_type="application/x-ndjson")
+    assert answer.json == {
+        "imported": 1,
+        "known": 0,
+        "deleted": 0,
+        "bad_lines": 1,
+        "bad": [{"line": 2, "reason": "not JSON"}],
+    }
+    assert other.memory.wait_until_settled(20)
+    (found,) = client.get("/olympus/memory/search?q=lighthouse").json["results"]
+    assert (found["domain"], found["action"], found["judged"]) == ("lights", "shines", 1.0)
+    again = client.post("/olympus/history/import", data=body, content_type="text/plain")
+    assert (again.json["imported"], again.json["known"]) == (0, 1)
+    assert client.post("/olympus/history/import", data=body, content_type="application/zip").status_code == 415
+    assert list(other.settings.data_dir.glob(f"{PARTIAL_PREFIX}*")) == []
+
+
+def test_a_history_that_is_too_large_names_the_setting(make_runtime: MakeRuntime) -> None:
+    client = create_app(runtime=make_runtime(memory={"import_max_bytes": 1024})).test_client()
+    answer = client.post("/olympus/history/import", data=b"x" * 2000, content_type="text/plain")
+    assert answer.status_code == 413
+    assert "memory.import_max_bytes" in answer.json["detail"]
