@@ -88,6 +88,9 @@ class EngineClient:
         """Of the model, in tokens."""
         return self._engine.loaded.context_length
 
+    def close(self) -> None:
+        """Nothing: the engine is its owner's."""
+
     def _run(
         self, messages: Messages, params: SamplingParams, cartridges: Sequence[CartridgeRef]
     ) -> tuple[Reply, list[SampledToken]]:

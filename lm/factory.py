@@ -3,6 +3,7 @@
     engine:                                      the engine of this process
     flex:<model>                                 a packaged name, directory or hub id, loaded here
     toka:<server>   toka:<model>@<server>        Tokasaurus, or Olympus through the same API
+    olympus:<server>                             Olympus, asked not to write what it answers into its history
     openai:<model>@<server>   openai:<model>     any OpenAI API; without a server: OPENAI_BASE_URL, or OpenAI's own
 
 A server is an address with http:// or https://. Keys come from ``api_key``, never from the specification, which is
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from lm.transport import Patience
     from workspace.engine import Engine
 
-KINDS = ("engine", "flex", "openai", "toka")
+KINDS = ("engine", "flex", "olympus", "openai", "toka")
+#: OpenAI's word for keeping an answer. An agent's experiences are its own to write, and an examination leaves none.
+UNRECORDED: Mapping[str, Any] = {"store": False}
 _OPENAI = "https://api.openai.com/v1"
 _SERVED = re.compile(r"(?:(?P<model>.*)@)?(?P<url>https?://\S+)")
 
@@ -47,8 +50,8 @@ def lm_factory(
 ) -> LanguageModel:
     """The client that ``spec`` names. Arguments that its kind has no use for are ignored. Raises ``InvalidSpec``.
 
-    ``resolve`` finds cartridges for ``engine:`` and ``flex:``; ``tokenizer``, ``accepts_cartridges`` and ``extra`` are
-    for ``openai:`` (see ``openai_client.py``).
+    ``resolve`` finds cartridges for ``engine:`` and ``flex:``; ``tokenizer`` and ``accepts_cartridges`` are for
+    ``openai:`` (see ``openai_client.py``). ``extra`` are fields that the server knows beyond its API.
     """
     kind, colon, rest = spec.partition(":")
     rest = rest.strip()
@@ -61,11 +64,12 @@ def lm_factory(
         return _engine(spec, rest, engine, resolve)
     if kind == "flex":
         return _flex(spec, rest, cache_dir, resolve)
-    if kind == "toka":
+    if kind in ("toka", "olympus"):
         from lm.tokasaurus_client import TokasaurusClient
 
         model, url = _served(spec, rest)
-        return TokasaurusClient(url, model, api_key=api_key, patience=patience, stop=stop)
+        fields = {**(UNRECORDED if kind == "olympus" else {}), **(extra or {})}
+        return TokasaurusClient(url, model, api_key=api_key, extra=fields, patience=patience, stop=stop)
     from lm.openai_client import OpenAIClient
 
     if "://" in rest:

@@ -29,7 +29,8 @@ _NOT_FOUND = 404
 class TokasaurusClient:
     """``base_url`` is the server's root, without ``/v1``. Safe to use from any thread.
 
-    ``model`` None asks the server once: it serves exactly one.
+    ``model`` None asks the server once: it serves exactly one. ``extra``: fields that this server knows and Tokasaurus
+    does not, such as Olympus' ``store``; a Tokasaurus server refuses them.
     """
 
     def __init__(
@@ -38,11 +39,13 @@ class TokasaurusClient:
         model: str | None = None,
         *,
         api_key: str | None = None,
+        extra: Mapping[str, Any] | None = None,
         patience: Patience | None = None,
         stop: threading.Event | None = None,
     ):
         self._transport = Transport(base_url, api_key=api_key, patience=patience, stop=stop)
         self._model = model
+        self._extra = dict(extra or {})
         self._route: str | None = None  # the cartridge route that was there
         self.name = f"toka:{model or self._transport.base_url}"
 
@@ -118,6 +121,7 @@ class TokasaurusClient:
             "max_tokens": max_tokens,
             "temperature": temperature,
             "top_p": 1.0,
+            **self._extra,
         }
         return body | ({"cartridges": [item.as_json() for item in cartridges]} if cartridges else {})
 

@@ -107,6 +107,9 @@ class LanguageModel(Protocol):
     ) -> tuple[Reply, Trace]:
         """The greedy answer and the model's ``top_logprobs`` most probable tokens at each of its steps."""
 
+    def close(self) -> None:
+        """Give back connections, or the model that it loaded; a client is of no use afterwards."""
+
 
 @runtime_checkable
 class MeasuringModel(Protocol):

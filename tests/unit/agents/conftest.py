@@ -41,6 +41,9 @@ class Bookkeeper:
     def call_with_trace(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Nothing is open."""
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:

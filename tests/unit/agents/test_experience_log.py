@@ -11,6 +11,7 @@ import pytest
 from agents.errors import AgentConfigError, LogDamaged
 from agents.experience_log import ExperienceLog, FileLog, HistoryLog, freeze, save_snapshot
 from memory.history import History, NewExperience
+from memory.snapshots import load_records
 from storage import migrate
 from storage.database import Database
 
@@ -101,6 +102,11 @@ def test_snapshot_has_the_seeds_format(tmp_path: Path, make_log: Callable[[], Ex
         {"type": "Feedback", "content": "Correct!"},
         {"type": "Observation", "content": "what is 1?"},
         {"type": "Action", "content": "it is 1"},
+    ]
+    found, bad = load_records(path, domain="bank")
+    assert not bad, "a distillation reads it as it is"
+    assert [(record.observation, record.action, record.feedback) for record in found] == [
+        (record.observation, record.action, record.feedback) for record in log.records()
     ]
     with pytest.raises(AgentConfigError, match="snapshot id"):
         save_snapshot(log, tmp_path, "../x")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from lm.errors import InvalidSpec
+from lm.errors import InvalidSpec, RequestRefused
 from lm.factory import lm_factory
+from tests.support.fake_tokasaurus import FakeTokasaurus
+from tests.support.json_server import json_server
 
 
 @pytest.mark.parametrize(
@@ -17,6 +20,7 @@ from lm.factory import lm_factory
     [
         ("toka:http://127.0.0.1:10210", "toka:http://127.0.0.1:10210"),
         ("toka:org/model@http://127.0.0.1:10210/", "toka:org/model"),
+        ("olympus:http://127.0.0.1:5000", "toka:http://127.0.0.1:5000"),
         ("openai:tiny@http://127.0.0.1:5000/v1", "openai:tiny"),
         ("openai:gpt-4o-mini", "openai:gpt-4o-mini"),
         ("flex:smollm2-135m-instruct", "flex:smollm2-135m-instruct"),
@@ -29,7 +33,7 @@ def test_names(spec: str, name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("", "engine:, flex:, openai:, toka:"),
+        ("", "engine:, flex:, olympus:, openai:, toka:"),
         ("smollm2-135m-instruct", "engine:, flex:"),
         ("vllm:x", "openai:"),
         ("engine:", "no"),
@@ -60,3 +64,15 @@ def test_the_key_of_the_environment_goes_to_no_named_server(monkeypatch: pytest.
 def test_types_and_factory_import_neither_torch_nor_httpx() -> None:
     code = "import sys, lm.types, lm.factory; sys.exit(int('torch' in sys.modules or 'httpx' in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=False).returncode == 0
+
+
+def test_an_olympus_is_asked_not_to_keep_what_it_answers_and_a_tokasaurus_is_not() -> None:
+    fake = FakeTokasaurus()
+    message = [{"role": "user", "content": "hi"}]
+    with json_server(fake) as url:
+        olympus, toka = lm_factory(f"olympus:{url}"), lm_factory(f"toka:{url}")
+        with contextlib.closing(olympus), contextlib.closing(toka):
+            with pytest.raises(RequestRefused, match="store"):
+                olympus.call(message)
+            assert toka.call(message).text == "an answer"
+    assert fake.asked[-3].body["store"] is False
