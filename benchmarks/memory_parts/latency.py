@@ -56,7 +56,6 @@ def _beside_faiss(options: Options, memory: EpisodicMemory, messages: Messages, 
         queries = asked.vectors[np.random.default_rng(seed).permutation(len(asked.texts))[:400]]
         ours: list[float] = []
         theirs: list[float] = []
-        hits = 0
         for turn, query in enumerate(queries):
             one = np.ascontiguousarray(query[None])
             arms: list[tuple[list[float], Callable[[], object]]] = [
@@ -67,8 +66,9 @@ def _beside_faiss(options: Options, memory: EpisodicMemory, messages: Messages, 
                 begun = time.perf_counter()
                 arm()
                 times.append((time.perf_counter() - begun) * 1e3)
-            exact = set((flat.search(one, LIMIT)[1][0] + 1).tolist())
-            hits += len(exact & set(memory.nearest(query, LIMIT)[0].tolist()))
+        exact = flat.search(queries, LIMIT)[1] + 1
+        found = [set(memory.nearest(query, LIMIT)[0].tolist()) for query in queries]
+        hits = sum(len(set(row.tolist()) & ids) for row, ids in zip(exact, found, strict=True))
         ratio = f"{sum(ours) / sum(theirs):.2f}"
         rows.append([f"{size:,}", kind, seed, _pair(theirs), _pair(ours), ratio, f"{hits / LIMIT / len(queries):.3f}"])
     return rows
