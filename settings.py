@@ -198,7 +198,7 @@ class EpisodicSettings(_Section):
         "auto", description="auto: pgvector on a PostgreSQL that has it, else FAISS."
     )
     max_entries: int = Field(200_000, ge=1, description="Experiences that can be recalled: the newest.")
-    approximate_from: int = Field(50_000, ge=100, description="Vectors from which on not every one is looked at.")
+    approximate_from: int = Field(20_000, ge=100, description="Vectors from which on not every one is looked at.")
     words_weight: float = Field(2.0, ge=0, le=10, description="Weight of rare words against 1 for meaning.")
 
 

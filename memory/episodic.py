@@ -61,7 +61,7 @@ class EpisodicOptions:
     embedding: EmbeddingChoice = "auto"
     index: IndexChoice = "auto"
     max_entries: int = 200_000
-    approximate_from: int = 50_000
+    approximate_from: int = 20_000
     words_weight: float = 2.0
     cache_dir: Path = Path(".cache")
 
