@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, jsonify
 from flask.typing import ResponseReturnValue
 
 from memory.catalog import Filters
-from memory.episodic import Found
 from web.auth import requires
 from web.context import runtime
 from web.jsonio import parse_query
 from web.schemas import MemoryQuery
+
+if TYPE_CHECKING:  # it brings torch
+    from memory.episodic import Found
 
 blueprint = Blueprint("memory", __name__, url_prefix="/olympus/memory")
 

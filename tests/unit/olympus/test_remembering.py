@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from memory.recall import HistoryRecall
 from olympus.chat_types import WorkspaceWish
 from olympus.remembering import make_memory
 from olympus.workbench import make_workbench
-from settings import Settings, load_settings
+from settings import ROOT, Settings, load_settings
 from storage import migrate
 from storage.database import Database
 from tests.support.tiny_model import save_tiny_model
@@ -83,3 +85,11 @@ def test_switched_off_the_words_answer_as_before(loaded: LoadedModel, database: 
     assert workbench.steering is not None
     assert isinstance(workbench.steering._recall, HistoryRecall)
     workbench.close()
+
+
+def test_the_start_of_the_server_imports_nothing_for_embedding() -> None:
+    code = (
+        "import sys; import olympus.runtime; print([name for name in ('faiss', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
