@@ -137,6 +137,8 @@ class Runtime:
                 self._memory.start()
             self.zeus.start()
         except BaseException:
+            if self._memory is not None:
+                self._memory.stop()
             self._lock.release()
             raise
         self.listening = list(listening)
