@@ -238,8 +238,8 @@ class Generation:
                 tool_calls=tuple(ToolCall(call[0], "".join(call[1:])) for call in self._calls),
                 ending=self._ended_by,
             )
+            self._done.set()  # first: whoever reads the last event finds it done
             self._events.put(self._finished)
-            self._done.set()
 
     def check_invariants(self) -> None:
         """Raise ``AssertionError`` if the state contradicts itself."""
