@@ -19,6 +19,7 @@ import typer
 import yaml
 
 from cli import workspace as workspace_commands
+from cli.distill import app as distill_app
 from cli.kernels import app as kernels_app
 from settings import Settings, SettingsError, load_settings, prepare_process_environment, setting_paths
 from storage import migrate
@@ -33,6 +34,7 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(database_app, name="db")
 app.add_typer(model_app, name="model")
 app.add_typer(kernels_app, name="kernels")
+app.add_typer(distill_app, name="distill")
 workspace_commands.register(app)
 
 ConfigOption = Annotated[

@@ -51,23 +51,23 @@ class CartridgeDesk:
 
     def promote(self, cartridge_id: str, *, actor: str, reason: str = "", force: bool = False) -> dict[str, Any]:
         """Let it serve its domain."""
-        return self._told(self.registry.promote(cartridge_id, actor=actor, reason=reason, force=force))
+        return self.announce(self.registry.promote(cartridge_id, actor=actor, reason=reason, force=force))
 
     def reject(self, cartridge_id: str, *, actor: str, reason: str) -> dict[str, Any]:
         """It is not good enough."""
-        return self._told(self.registry.reject(cartridge_id, reason, actor=actor))
+        return self.announce(self.registry.reject(cartridge_id, reason, actor=actor))
 
     def retire(self, cartridge_id: str, *, actor: str, reason: str = "") -> dict[str, Any]:
         """Let it serve no longer."""
-        return self._told(self.registry.retire(cartridge_id, reason, actor=actor))
+        return self.announce(self.registry.retire(cartridge_id, reason, actor=actor))
 
     def rollback(self, domain: str, *, actor: str, reason: str = "") -> dict[str, Any]:
         """Back to the one before; returns the one that serves now."""
-        return self._told(self.registry.rollback(domain, actor=actor, reason=reason))
+        return self.announce(self.registry.rollback(domain, actor=actor, reason=reason))
 
     def delete(self, cartridge_id: str, *, actor: str) -> dict[str, Any]:
         """Remove its tensors."""
-        return self._told(self.registry.delete(cartridge_id, actor=actor))
+        return self.announce(self.registry.delete(cartridge_id, actor=actor))
 
     def lineage(self, domain: str) -> dict[str, Any]:
         """Every cartridge of a domain, oldest first, and the one that serves."""
@@ -106,7 +106,7 @@ class CartridgeDesk:
             steps=0 if said is None else said.steps,
             metrics={} if said is None else said.metrics,
         )
-        return self._told(self.registry.register(cartridge, actor=actor))
+        return self.announce(self.registry.register(cartridge, actor=actor))
 
     def is_stale(self, domain: str) -> bool:
         """Whether something that the domain's serving cartridge was trained on was forgotten since."""
@@ -117,7 +117,7 @@ class CartridgeDesk:
         """After something was forgotten or corrected: mark the cartridges that were trained on it, and tell."""
         for row in self.registry.refresh_stale(actor=actor):
             log.info("a cartridge is stale", cartridge=row.id, state=row.state)
-            self._told(row)
+            self.announce(row)
 
     def recover(self) -> None:
         """At start-up: bring folders and rows together, and say what was found."""
@@ -141,7 +141,8 @@ class CartridgeDesk:
             f"with model={shown}"
         )
 
-    def _told(self, row: CartridgeRow) -> dict[str, Any]:
+    def announce(self, row: CartridgeRow) -> dict[str, Any]:
+        """Tell watchers of the state of a cartridge; returns all that is known of it."""
         told = row.to_json()
         event = {key: told[key] for key in ("id", "domain", "version", "state", "state_reason", "stale")}
         self._hub.publish("cartridge", event)

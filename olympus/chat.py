@@ -180,7 +180,7 @@ class ChatService:
 
     def _commit(self, run: ChatRun, finished: ChatFinished) -> int | None:
         """Write the exchange; returns its id, or None when there is nothing to remember."""
-        experience = to_experience(run.request, run.model, run.key, finished)
+        experience = None if run.request.unrecorded else to_experience(run.request, run.model, run.key, finished)
         if experience is None:
             return None
         if self._log_prompts:

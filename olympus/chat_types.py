@@ -82,7 +82,7 @@ class ChatRequest:
     """What a client wants. None means: as the settings say. ``messages`` hold plain text contents.
 
     ``reasoning_effort`` counts for models that know it; ``tools`` are OpenAI's objects. ``exact`` asks for every token
-    with its id, the ending one included (``ChatFinished.steps``).
+    with its id, the ending one included (``ChatFinished.steps``). ``unrecorded``: it becomes no experience.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -106,6 +106,7 @@ class ChatRequest:
     memory: MemoryWish | None = None
     ignore_eos: bool = False
     exact: bool = False
+    unrecorded: bool = False
     session_id: str | None = None
     domain: str | None = None
     idempotency_key: str | None = None
@@ -121,7 +122,7 @@ class ChatRequest:
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=_plain).encode()).hexdigest()
 
 
-_YOUNGER = ("tools", "reasoning_effort", "workspace", "cartridges", "memory", "ignore_eos", "exact")
+_YOUNGER = ("tools", "reasoning_effort", "workspace", "cartridges", "memory", "ignore_eos", "exact", "unrecorded")
 
 
 def _plain(value: Any) -> Any:

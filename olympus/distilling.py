@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 from memory.distillation.config import DistillConfig
 from memory.distillation.errors import DistillationError, TeacherRefused
 from memory.distillation.tally import estimate_tokens
+from olympus.cartridge_desk import CartridgeDesk
 from settings import Settings
 
 if TYPE_CHECKING:  # torch is imported by whoever loads the model
     from lm.types import LanguageModel
-    from memory.cartridges.registry import CartridgeRegistry
     from memory.cartridges.shelf import CartridgeShelf
     from memory.distillation.pipeline import DistillationPipeline
     from memory.history import History
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # torch is imported by whoever loads the model
 def make_pipeline(
     settings: Settings,
     history: History,
-    registry: CartridgeRegistry,
+    desk: CartridgeDesk,
     shelf: CartridgeShelf,
     engine: Engine,
     folder: Path,
@@ -41,12 +41,13 @@ def make_pipeline(
     return DistillationPipeline(
         Surroundings(
             history=history,
-            registry=registry,
+            registry=desk.registry,
             shelf=shelf,
             folder=folder,
             engine=engine,
             teacher=lambda config, stop: make_teacher(config, engine, settings.model.cache_dir, stop),
             between=give_way(engine, settings.distillation.serve_pause_ms / 1000),
+            announce=desk.announce,
             threads=settings.distillation.threads,
         )
     )

@@ -287,7 +287,7 @@ class Runtime:
         from olympus.distilling import make_pipeline, token_counter
 
         folder = self.distillery.folder
-        made = make_pipeline(self.settings, self.history, self.cartridges, self.shelf, engine, folder)
+        made = make_pipeline(self.settings, self.history, self.cartridge_desk, self.shelf, engine, folder)
         self.distillery.start(made, token_counter(engine))
 
     def _make_engine(self) -> Engine:

@@ -219,7 +219,7 @@ class ChatBody(_Body):
     moderation: Unsupported = None
     user: Ignored = None
     metadata: Ignored = None
-    store: Ignored = None
+    store: bool | None = None
     service_tier: Ignored = None
     reasoning_effort: Any = None  #: only some models know it: they judge the value, the others ignore it
     verbosity: Ignored = None
@@ -282,6 +282,7 @@ class ChatBody(_Body):
             memory=None if memory is None else MemoryWish(**memory.model_dump()),
             ignore_eos=bool(self.ignore_eos),
             exact=bool(self.logprobs_in_fingerprint),
+            unrecorded=self.store is False,
             session_id=self.session or inner.session,
             domain=self.domain or inner.domain,
             idempotency_key=idempotency_key,

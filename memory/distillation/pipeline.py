@@ -62,6 +62,7 @@ class Surroundings:
     engine: Engine
     teacher: Callable[[DistillConfig, threading.Event], LanguageModel]
     between: Callable[[], None]
+    announce: Callable[[CartridgeRow], object] = lambda row: None  #: told of every cartridge whose state changed
     threads: int = 1
 
     @property
@@ -146,7 +147,9 @@ class _Stages:
         parent = self._previous()
         init = self._initial(records, parent)
         cartridge = self._train(records, rows, init, parent)
-        return self._given.registry.register(cartridge, self._run.id, actor="distillation")
+        row = self._given.registry.register(cartridge, self._run.id, actor="distillation")
+        self._given.announce(row)
+        return row
 
     def _previous(self) -> Cartridge | None:
         """The cartridge whose values training starts from, where it shall start from one."""
@@ -233,9 +236,10 @@ class _Stages:
         metrics = {"evaluation": numbers, "verdict": verdict.numbers()}
         files.write_json(self._folder / "gate.json", metrics)
         if verdict.passed:
-            registry.promote(row.id, actor="distillation", reason=verdict.reason, metrics=metrics)
+            row = registry.promote(row.id, actor="distillation", reason=verdict.reason, metrics=metrics)
         else:
-            registry.reject(row.id, verdict.reason, actor="distillation", metrics=metrics)
+            row = registry.reject(row.id, verdict.reason, actor="distillation", metrics=metrics)
+        self._given.announce(row)
         outcome: RunState = "promoted" if verdict.passed else "rejected"
         return Outcome(outcome, {**told, **metrics, "fraction": 1.0, "detail": verdict.reason})
 

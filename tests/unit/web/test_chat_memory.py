@@ -143,3 +143,12 @@ def test_what_is_no_wish_is_refused(client: FlaskClient, wrong: Any) -> None:
     response = client.post(CHAT, json={"messages": _conversation(0), "memory": wrong})
     assert response.status_code == 400
     assert "memory" in response.json["error"]["message"] + str(response.json["error"]["param"])
+
+
+def test_what_shall_not_be_stored_is_not(client: FlaskClient, runtime: Runtime, domain: str) -> None:
+    before = runtime.history.count()
+    told = _ask(client, _conversation(0), domain=domain, store=False)
+    assert told["choices"][0]["message"]["content"]
+    assert told["olympus"]["experience_id"] is None
+    assert runtime.history.count() == before
+    assert _ask(client, _conversation(0), domain=domain, store=True)["olympus"]["experience_id"] is not None
