@@ -7,6 +7,9 @@ margin:
 
     lower bound of  mean(candidate - rival)  >=  - margin
 
+Not worse than nothing is not enough where nothing is right: it must also have learned something, which is that right
+answers are likelier with it than without any memory (``nll``, upper bound of the mean difference below 0).
+
 With ``kl`` there is no right answer, only the long prompt's distribution, from which the long prompt itself differs by
 nothing. The candidate must then be nearer to it than the model without memory, with the same confidence,
 
@@ -27,7 +30,7 @@ import numpy as np
 
 from memory.distillation.config import GateConfig
 from memory.distillation.errors import EvaluationError
-from memory.distillation.evaluation import Evaluation
+from memory.distillation.evaluation import Evaluation, Metric
 from memory.distillation.statistics import paired_difference
 
 #: A long prompt that is right less often than this beyond no memory at all is no standard to reach.
@@ -37,9 +40,10 @@ _CALLED = {"long_prompt": "the long prompt", "memoryless": "no memory", "serving
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The candidate and one rival, on the metric of the gate."""
+    """The candidate and one rival, on one metric."""
 
     rival: str
+    metric: str
     rows: int
     candidate: float  #: mean
     other: float
@@ -77,11 +81,14 @@ def judge(evaluation: Evaluation, config: GateConfig) -> Verdict:
     rivals = ["memoryless"] if config.chosen == "kl" else ["long_prompt", "memoryless"]
     if config.must_beat_serving:
         rivals.append("serving")
-    comparisons = tuple(_compare(evaluation, rival, config) for rival in rivals if rival in evaluation.arms)
+    metric = config.chosen
+    comparisons = [_compare(evaluation, rival, metric, config) for rival in rivals if rival in evaluation.arms]
+    if metric != "kl" and "memoryless" in evaluation.arms and np.isfinite(evaluation.arms["memoryless"].nll).any():
+        comparisons.append(_compare(evaluation, "memoryless", "nll", config))
     failed = [item for item in comparisons if not item.passed]
     told = "; ".join(_told(item, config) for item in (failed or comparisons))
     reason = f"{'rejected' if failed else 'passed'} on {rows} held-out rows: {told}{_caveat(evaluation, config)}"
-    return Verdict(not failed, reason, config.chosen, rows, config.margin, comparisons)
+    return Verdict(not failed, reason, config.chosen, rows, config.margin, tuple(comparisons))
 
 
 def too_few(rows: int, config: GateConfig) -> Verdict:
@@ -94,17 +101,18 @@ def too_few(rows: int, config: GateConfig) -> Verdict:
     return Verdict(False, reason, config.chosen, rows, config.margin)
 
 
-def _compare(evaluation: Evaluation, rival: str, config: GateConfig) -> Comparison:
-    one, other = (evaluation.arms[name].of(config.chosen) for name in ("cartridge", rival))
+def _compare(evaluation: Evaluation, rival: str, metric: Metric, config: GateConfig) -> Comparison:
+    one, other = (evaluation.arms[name].of(metric) for name in ("cartridge", rival))
     both = np.isfinite(one) & np.isfinite(other)
     one, other = one[both], other[both]
     found = paired_difference(one, other)
-    if config.chosen != "kl":
+    if metric in ("exact", "ranked"):
         bound, passed = found.lower, found.lower >= -config.margin - 1e-9
     else:
         bound, passed = found.upper, found.upper < (0.0 if rival == "memoryless" else config.margin)
     return Comparison(
         rival=rival,
+        metric=metric,
         rows=int(both.sum()),
         candidate=round(float(one.mean()), 4),
         other=round(float(other.mean()), 4),
@@ -118,7 +126,12 @@ def _compare(evaluation: Evaluation, rival: str, config: GateConfig) -> Comparis
 
 def _told(item: Comparison, config: GateConfig) -> str:
     rival = _CALLED[item.rival]
-    if config.chosen == "kl":
+    if item.metric == "nll":
+        return (
+            f"right answers cost {item.candidate:.2f} nats against {item.other:.2f} with {rival}; with 95 % confidence "
+            f"the difference is at most {item.bound:+.2f}, allowed is less than 0"
+        )
+    if item.metric == "kl":
         allowed = "less than 0" if item.rival == "memoryless" else f"at most {config.margin:g}"
         return (
             f"{item.candidate:.3f} nats from the long prompt against {item.other:.3f} with {rival}; with 95 % "

@@ -82,7 +82,7 @@ def test_every_problem_has_its_line() -> None:
 
 
 def test_files_that_are_none_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DistillConfigError, match="one of: .*feedback_labels"):
+    with pytest.raises(DistillConfigError, match=r"one of: .*feedback_labels"):
         load_distill_config("nothing")
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(DistillConfigError, match="expected a mapping"):

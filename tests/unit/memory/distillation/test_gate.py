@@ -156,3 +156,19 @@ def test_divergence() -> None:
 def test_without_a_candidate_there_is_nothing_to_judge() -> None:
     with pytest.raises(EvaluationError, match="was not measured"):
         judge(evaluation(memoryless=[1.0] * 30), GateConfig())
+
+
+def test_right_answers_must_be_likelier_than_without_memory() -> None:
+    """Nothing right anywhere: not worse than anything, and still no memory."""
+    rows, none = 40, [0.0] * 40
+    noise = np.random.default_rng(0).normal(0, 0.2, rows)
+    for cost, passed in ((9.0, True), (10.0, False), (11.0, False)):
+        made = evaluation(
+            memoryless=arm("memoryless", none, nll=np.full(rows, 10.0)),
+            long_prompt=arm("long_prompt", none, nll=np.full(rows, 5.0)),
+            cartridge=arm("cartridge", none, nll=cost + noise - noise.mean()),
+        )
+        verdict = judge(made, GateConfig(margin=0.05, min_rows=20))
+        assert verdict.passed is passed
+        assert verdict.comparisons[-1].metric == "nll"
+        assert ("nats against 10.00 with no memory" in verdict.reason) or passed
