@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from memory.distillation.encoding import Example
 from memory.distillation.errors import TrainerError
@@ -39,8 +39,8 @@ from workspace.models import LoadedModel
 Between = Callable[[], None]
 Layers = Sequence[tuple[Tensor, Tensor]]
 
-#: Tokens of a micro-batch, padding included. On a CPU larger ones are no faster, and 512 of SmolLM2 hold 400 MB.
-MOST_TOKENS = {"cpu": 512}
+#: Tokens of a micro-batch, padding included. On a CPU larger ones are no faster; 256 of SmolLM2 hold 300 MB.
+MOST_TOKENS = {"cpu": 256}
 _MOST_TOKENS_GPU = 8192
 #: Logits that are held at once.
 _MOST_LOGITS = 1 << 23
@@ -72,15 +72,13 @@ class PassingCache(DynamicCache):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Append, as transformers asks for it."""
-        if self._between is not None:
-            self._between()
+        between = self._between
+        if between is not None:
+            between()
             if key_states.requires_grad:  # of the first layer they do not: nothing before it was trained
-                key_states.register_hook(self._heard)  # type: ignore[no-untyped-call]
+                # Not a method of ours: the graph would hold the cache and the cache the graph, until a collection.
+                key_states.register_hook(lambda _gradient: between())  # type: ignore[no-untyped-call]
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def _heard(self, _gradient: Tensor) -> None:
-        assert self._between is not None
-        self._between()
 
 
 class Student:
@@ -172,7 +170,7 @@ class Student:
         output = self.read(PassingCache(layers, self._between), batch.ids, mask, _from(past, batch.ids))
         return output[batch.rows.to(output.device), batch.places.to(output.device)]
 
-    def read(self, cache: DynamicCache, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    def read(self, cache: Cache, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """Append ``ids`` [R, T] at ``positions`` [R, T] to ``cache``; the last layer's output [R, T, hidden].
 
         ``mask`` [R, N + T] bool: False for what is padding, in the cache or in ``ids``.

@@ -15,6 +15,7 @@ rows, choose the initial prefix (``initialisers.py``), decide whether the result
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import logging
@@ -120,6 +121,7 @@ def train_cartridge(
             run = _Run(loaded, train, evaluation, config, init, folder, ranks, stop, progress, between)
             return run.train()
     finally:
+        _give_back_memory()
         if lock is not None:
             lock.release()
 
@@ -371,6 +373,13 @@ def _threads(count: int) -> Iterator[None]:
     finally:
         if count:
             torch.set_num_threads(before)
+
+
+def _give_back_memory() -> None:
+    """Activations of every size leave the C library with free memory that it keeps: 0.6 GB of SmolLM2. Linux only."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _prefix_digest(prefix: KVPrefix) -> str:

@@ -110,7 +110,7 @@ def test_the_prefix_is_not_changed(loaded: LoadedModel) -> None:
     prefix = prefix_of_tokens(loaded, list(range(2, 18)))
     before = [tensor.clone() for tensor in (*prefix.keys, *prefix.values)]
     reader = Reader(loaded, prefix)
-    for group in reader.groups(prompts_of(loaded, [], after=True)):
+    for group in reader.groups(prompts_of(loaded, [], after=True), room=4):
         reader.greedy(group, 4)
         reader.scores(group, [[[3, 4]]] * len(group.indices))
     assert all(torch.equal(one, two) for one, two in zip(before, (*prefix.keys, *prefix.values), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from memory.distillation import student as student_module
 from memory.distillation.encoding import Encoder, Example, gold_targets
 from memory.distillation.errors import TrainerError
 from memory.distillation.losses import amount, target_losses
-from memory.distillation.student import Student
+from memory.distillation.student import PassingCache, Student
 from memory.distillation.trainable import TrainablePrefix
 from memory.distillation.training_batches import common_length
 from tests.support.tiny_cartridges import gold_rows, teacher_row, tiny_loaded
@@ -201,6 +202,20 @@ def test_an_exception_of_between_leaves_a_backward_pass(llama: LoadedModel) -> N
     with pytest.raises(Enough):
         Student(llama, between=between).learn(trainable(llama).layers(), examples_of(llama), 10.0)
     assert count == 11
+
+
+def test_nothing_of_a_pass_outlives_it(llama: LoadedModel) -> None:
+    """A hook that held the cache kept whole graphs alive until a collection: gigabytes of a real model."""
+    examples, prefix = examples_of(llama), trainable(llama)
+    student = Student(llama, between=lambda: None)
+    gc.collect()
+    gc.disable()
+    try:
+        student.learn(prefix.layers(), examples, 10.0)
+        student.losses(prefix.layers(), examples)
+        assert not [item for item in gc.get_objects() if type(item) is PassingCache]
+    finally:
+        gc.enable()
 
 
 def test_a_model_whose_logits_need_more_is_refused(tmp_path: Path) -> None:
