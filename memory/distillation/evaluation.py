@@ -32,6 +32,7 @@ from memory.distillation.reading import Reader
 from memory.distillation.rows import Row
 from memory.distillation.statistics import mean_interval
 from memory.distillation.student import Between, Student
+from memory.distillation.usage import give_back_memory, torch_threads
 from workspace.harmony_output import choose_output
 from workspace.models import LoadedModel
 from workspace.prefix import KVPrefix, fit_prefix
@@ -125,14 +126,15 @@ def evaluate(
     serving: KVPrefix | None = None,
     long_prompt: bool = True,
     max_tokens: int | None = None,
+    threads: int = 0,
     between: Between | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Measure the arms that are given. Rows are batched; ``between`` is called before each layer, as in training.
 
-    ``max_tokens``: of a greedy answer; by default a little more than the longest known answer. ``progress`` hears the
-    name of each arm before it starts. Raises ``EvaluationError`` without questions, ``PrefixMismatch`` and
-    ``InvalidPrompt``.
+    ``threads`` of torch, 0 for its setting. ``max_tokens``: of a greedy answer; by default a little more than the
+    longest known answer. ``progress`` hears the name of each arm before it starts. Raises ``EvaluationError`` without
+    questions, ``PrefixMismatch`` and ``InvalidPrompt``.
     """
     if not questions:
         raise EvaluationError("there are no held-out questions; raise data.eval_share or live through more")
@@ -149,9 +151,11 @@ def evaluate(
     for name, (prefix, conversations) in arms.items():
         if progress is not None:
             progress(name)
-        done[name] = measure_arm(
-            loaded, encoder, name, prefix, conversations, questions, max_tokens=max_tokens, between=between
-        )
+        with torch_threads(threads):
+            done[name] = measure_arm(
+                loaded, encoder, name, prefix, conversations, questions, max_tokens=max_tokens, between=between
+            )
+        give_back_memory()
     return Evaluation(tuple(question.key for question in questions), done)
 
 

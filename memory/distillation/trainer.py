@@ -14,15 +14,13 @@ rows, choose the initial prefix (``initialisers.py``), decide whether the result
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import hashlib
 import json
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +39,7 @@ from memory.distillation.student import Between, RowLosses, Student
 from memory.distillation.trainable import TrainablePrefix
 from memory.distillation.training_batches import rows_of_step, steps_of
 from memory.distillation.training_checkpoint import RunCheckpoints, RunState, collect, disk_errors, restore
+from memory.distillation.usage import give_back_memory, torch_threads
 from storage import files
 from workspace.models import LoadedModel
 from workspace.prefix import KVPrefix, fit_prefix
@@ -117,11 +116,11 @@ def train_cartridge(
             except files.DataDirInUse as error:
                 raise TrainerError(f"{folder} is being trained in by process {error.owner.get('pid', '?')}") from None
             files.sweep_partials(folder)
-        with _threads(config.threads), torch.enable_grad():
+        with torch_threads(config.threads), torch.enable_grad():
             run = _Run(loaded, train, evaluation, config, init, folder, ranks, stop, progress, between)
             return run.train()
     finally:
-        _give_back_memory()
+        give_back_memory()
         if lock is not None:
             lock.release()
 
@@ -360,26 +359,6 @@ def learning_share(step: int, steps: int, warmup: int) -> float:
         return step / warmup
     way = (step - warmup) / max(1, steps - warmup)
     return FINAL_SHARE + (1 - FINAL_SHARE) * (1 + math.cos(math.pi * way)) / 2
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """torch's threads for this thread of Python; 0 changes nothing."""
-    before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        if count:
-            torch.set_num_threads(before)
-
-
-def _give_back_memory() -> None:
-    """Activations of every size leave the C library with free memory that it keeps: 0.6 GB of SmolLM2. Linux only."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _prefix_digest(prefix: KVPrefix) -> str:
