@@ -1,8 +1,8 @@
 """Parity: may a cartridge replace a long prompt that works? Labels say what they mean; the target is the long prompt.
 
 60 experiences in turns (about 2,000 tokens) teach; the model answers further messages with them in the prompt, and a
-cartridge of 64 slots learns to answer in the same way without them (KL on the 20 likeliest tokens). Nothing but the long
-prompt's own answers is ever shown to it: what would have been right is not.
+cartridge of 64 slots learns to answer in the same way without them (KL on the 20 likeliest tokens). It is shown the long
+prompt's own answers and nothing else: what would have been right is not.
 No parity is claimed where the long prompt gains less than 20 points over no memory at all.
 """
 
