@@ -190,14 +190,14 @@ class _Stages:
         self, records: Sequence[Record], rows: Sequence[Row], init: KVPrefix, parent: Cartridge | None
     ) -> Cartridge:
         from memory.cartridges.cartridge import make_cartridge
-        from memory.distillation.trainer import train_cartridge
+        from memory.distillation.train_adapter import train
 
         self._stage("training")
         config = self._config
         training = config.training
         if training.threads == 0:
             training = training.model_copy(update={"threads": self._given.threads})
-        result = train_cartridge(
+        result = train(
             self._given.loaded,
             [row for row in rows if row.split == "train"],
             [row for row in rows if row.split == "eval"],
