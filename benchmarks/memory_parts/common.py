@@ -68,7 +68,7 @@ def embedded(options: Options, model: MiniLM, split: str, limit: int) -> Message
 
 
 def more_of(messages: Messages, count: int, seed: int) -> Messages:
-    """``count`` variants of the given messages: vectors at a cosine of about 0.85, the texts numbered."""
+    """``count`` variants of the messages, where these are too few: vectors at a cosine near 0.85, texts numbered."""
     drawer = np.random.default_rng(seed)
     which = drawer.integers(0, len(messages.texts), count)
     width = messages.vectors.shape[1]
