@@ -33,6 +33,7 @@ bench: $(VENV)/.dev ## print the ratios that we claim
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/workspace.py
+	$(BIN)/python benchmarks/memory.py
 
 lint: $(VENV)/.dev ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
