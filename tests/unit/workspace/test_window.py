@@ -203,7 +203,7 @@ def test_virtual_tokens_stand_where_their_tokens_were(llama: HookedModel) -> Non
     rope = llama.rope.of(1)
     turned = rope.rotate(rope.shift(segment.keys, -segment.distance), position)
     assert torch.allclose(turned, cache.layers[1].keys[:, :, 2:10], atol=1e-4)
-    assert torch.allclose(segment.values, cache.layers[1].values[:, :, 2:10], atol=1e-6)
+    assert torch.allclose(segment.values, cache.layers[1].values[:, :, 2:10], atol=1e-5)  # read in other pieces
     assert segment.birth.tolist() == [[24] * 8]
 
 
