@@ -327,5 +327,5 @@ def snippet(experience: Remembered, asked: set[str]) -> str:
     lowered = text.lower()
     places = [at for word in asked if (at := lowered.find(word)) >= 0]
     begin = max(0, min(places, default=0) - _SNIPPET // 4)
-    cut = text[begin : begin + _SNIPPET]
+    cut = text[begin : begin + _SNIPPET].strip()
     return ("… " if begin else "") + cut + (" …" if begin + _SNIPPET < len(text) else "")
