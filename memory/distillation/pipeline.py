@@ -271,6 +271,7 @@ class _Stages:
             questions,
             cartridge=self._given.shelf.get(row.id).prefix,
             serving=rival,
+            threads=self._given.threads,
             between=self._give_way,
             progress=progress,
         )
