@@ -57,7 +57,9 @@ def run(
         if snapshot is not None:
             _import(runtime, snapshot, domain)
         with _explained():
-            begun = runtime.distillery.begin(domain, preset=preset, overrides=overrides(values), actor="cli")
+            begun = runtime.distillery.begin(
+                domain, preset=preset, overrides=overrides(values), actor="cli", owner=True
+            )
         ended = follow(lambda: runtime.distillery.run(begun["id"]))
     conclude(ended)
 
@@ -213,9 +215,14 @@ def overrides(values: list[str] | None) -> dict[str, Any]:
             fail(f"--set {item}: expected section.key=value", 2)
         branch = tree
         *sections, name = path.split(".")
-        for section in sections:
-            branch = branch.setdefault(section, {})
-        branch[name] = yaml.safe_load(value)
+        try:
+            for section in sections:
+                branch = branch.setdefault(section, {})
+            branch[name] = yaml.safe_load(value)
+        except (AttributeError, TypeError):  # a value stands where a section is wanted
+            fail(f"--set {item}: {path.rpartition('.')[0]} was given a value before; it cannot have keys, too", 2)
+        except yaml.YAMLError as error:
+            fail(f"--set {item}: not a YAML value: {' '.join(str(error).split())}", 2)
     return tree
 
 

@@ -10,6 +10,7 @@ APScheduler only calls ``look`` every ``check_seconds``. Whatever it would lose 
 from __future__ import annotations
 
 import json
+import operator
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -37,6 +38,18 @@ log = structlog.get_logger(__name__)
 
 #: Lines of a run's log that are told at once.
 _LINES = 2000
+
+
+#: What only the owner's files may say: which folders are read, who is sent the history, and with which key.
+OWNERS = (
+    "checkpoint_dir",
+    "output_path",
+    "hf_repo_id",
+    "wandb_project",
+    "teacher.model",
+    "teacher.api_key_env",
+    "data.redact",
+)
 
 
 class UnknownRun(OlympusError):
@@ -80,11 +93,21 @@ class Distillery:
         self._worker: DistillationWorker | None = None
         self._scheduler: BackgroundScheduler | None = None
         self._looking = threading.Lock()
+        self._life = threading.Lock()
+        self._stopped = False
 
     # -- life -------------------------------------------------------------------------------------------------
 
     def start(self, pipeline: Pipeline, count_tokens: Callable[[str], int] | None = None) -> None:
-        """Begin to work on what waits, and to look at the triggers. Called when the language model is ready."""
+        """Begin to work on what waits, and to look at the triggers. Called when the language model is ready.
+
+        Nothing begins after ``shutdown``: the model may be ready only then.
+        """
+        with self._life:
+            if not self._stopped:
+                self._start(pipeline, count_tokens)
+
+    def _start(self, pipeline: Pipeline, count_tokens: Callable[[str], int] | None) -> None:
         if count_tokens is not None:
             self._tally = Tally(self._history, count_tokens)
         self._pipeline = pipeline
@@ -104,6 +127,8 @@ class Distillery:
 
     def shutdown(self, deadline: float) -> None:
         """Stop within ``deadline`` seconds; what runs goes on at the next start."""
+        with self._life:
+            self._stopped = True
         if self._scheduler is not None:
             self._scheduler.shutdown(wait=False)
         if self._worker is not None and not self._worker.stop(deadline):
@@ -114,7 +139,7 @@ class Distillery:
     def config(
         self, domain: str, preset: str | None = None, overrides: Mapping[str, Any] | None = None
     ) -> DistillConfig:
-        """What a run of ``domain`` would use. Raises ``InvalidRequest``."""
+        """What a run of ``domain`` would use. ``overrides`` may be anything. Raises ``InvalidRequest``."""
         name = preset or self._settings.domains.get(domain) or self._settings.preset
         if preset is not None and preset not in presets():  # a path on this machine is for its owner's settings only
             raise InvalidRequest(f"preset: there is no {preset!r}; one of: {', '.join(presets())}")
@@ -131,9 +156,15 @@ class Distillery:
         overrides: Mapping[str, Any] | None = None,
         trigger: str = "manual",
         actor: str = "local",
+        owner: bool = False,
     ) -> dict[str, Any]:
-        """A new run, queued. Raises ``InvalidRequest``, ``RunUnderWay`` or ``NotReady``."""
+        """A new run, queued. Raises ``InvalidRequest``, ``RunUnderWay`` or ``NotReady``.
+
+        ``overrides`` change what ``OWNERS`` names only for the ``owner`` of this machine, not for a request.
+        """
         config = self.config(domain, preset, overrides)
+        if overrides and not owner:
+            self._check_reserved(config, self.config(domain, preset))
         if self._worker is None:
             raise NotReady("distillation begins when the language model is loaded; see GET /readyz")
         known = self._history.domains().get(domain)
@@ -238,6 +269,16 @@ class Distillery:
                     log.warning("the schedule could not look at a domain", domain=domain, reason=str(error))
         return started
 
+    @staticmethod
+    def _check_reserved(wanted: DistillConfig, configured: DistillConfig) -> None:
+        for path in OWNERS:
+            one, other = (operator.attrgetter(path)(config) for config in (wanted, configured))
+            if one != other:
+                raise InvalidRequest(
+                    f"{path}: a request cannot change it, because it says which files, servers and secrets of this "
+                    "machine are used; write a preset, and name it in the settings (distillation.domains)"
+                )
+
     # -- inside -----------------------------------------------------------------------------------------------
 
     def _situation(self, domain: str) -> tuple[Situation, int]:
@@ -256,6 +297,12 @@ class Distillery:
             scores=self._tally.scores(count),
             stale=self._is_stale(domain),
             open_run=None if under_way is None else under_way.id,
+            stale_tried=(
+                learned is not None
+                and learned.trigger == "stale"
+                and learned.state != "promoted"
+                and not count.experiences
+            ),
         )
         return situation, cursor
 

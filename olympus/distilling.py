@@ -86,6 +86,6 @@ def token_counter(engine: Engine) -> Callable[[str], int]:
     def count(text: str) -> int:
         if len(text) > 20_000:
             return estimate_tokens(text)
-        return len(engine.loaded.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        return len(engine.encode(text, after_prefix=True))  # which takes its turn with the tokenizer
 
     return count

@@ -15,21 +15,31 @@ The model is the one that serves. Training changes nothing of it and gives way t
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memory.cartridges.errors import CartridgeConflict
 from memory.cartridges.registry import CartridgeRegistry
 from memory.cartridges.rows import CartridgeRow
 from memory.cartridges.shelf import CartridgeShelf
+from memory.distillation.answers import content_key, is_judged
 from memory.distillation.config import DistillConfig, GateConfig, make_distill_config
 from memory.distillation.data_generation import DataProgress, generate_dataset, replay_environment
 from memory.distillation.dataset import read_dataset
-from memory.distillation.errors import JournalMismatch, NothingToDistil
+from memory.distillation.errors import (
+    CheckpointUnusable,
+    DistillationError,
+    JournalMismatch,
+    NothingToDistil,
+    ObservationTooLong,
+)
 from memory.distillation.prompt_builder import teacher_messages
 from memory.distillation.redaction import Redactor
+from memory.distillation.replay_env import split_of
 from memory.distillation.rows import Row
 from memory.distillation.runs import Run, RunState
 from memory.distillation.worker import Interrupted, Outcome, Report
@@ -41,10 +51,12 @@ if TYPE_CHECKING:  # torch is imported by whoever loads the model
     from memory.cartridges.cartridge import Cartridge
     from memory.distillation.evaluation import Question
     from memory.distillation.gate import Verdict
-    from memory.distillation.trainer import Progress
+    from memory.distillation.trainer import Progress, TrainingResult
     from workspace.engine import Engine
     from workspace.models import LoadedModel
     from workspace.prefix import KVPrefix
+
+logger = logging.getLogger(__name__)
 
 #: Where each stage begins on the way from 0 to 1.
 _BEGINS = {"dataset": 0.0, "initial prefix": 0.15, "training": 0.16, "gate": 0.85}
@@ -95,6 +107,9 @@ class _Stages:
         """From the beginning, passing over what was done before."""
         self._folder.mkdir(parents=True, exist_ok=True)
         files.write_json(self._folder / "config.json", self._config.model_dump(mode="json"))
+        known = self._registered()
+        if known is not None and known.state != "candidate":  # an earlier attempt ended after the decision
+            return self._decided(known)
         records = self._records()
         try:
             rows = self._dataset(records)
@@ -113,11 +128,12 @@ class _Stages:
 
             found, bad = load_records(newest_snapshot(config.checkpoint_dir), domain=self._run.domain)
             self._stage("dataset", bad_lines=len(bad))
-            return found
+            found = sorted(found, key=lambda record: record.id)[-config.data.max_records :]
+            return [record for record in found if _was_finished(record)]
         newest = self._given.history.page(
             domain=self._run.domain, before=self._run.cursor + 1, limit=config.data.max_records
         )
-        return newest[::-1]
+        return [record for record in newest[::-1] if _was_finished(record)]
 
     def _dataset(self, records: Sequence[Record]) -> list[Row]:
         self._stage("dataset", experiences=len(records))
@@ -141,15 +157,25 @@ class _Stages:
 
     def _candidate(self, records: Sequence[Record], rows: Sequence[Row]) -> CartridgeRow:
         """The candidate of this run: found again, or trained and registered."""
-        for known in self._given.registry.list(self._run.domain):
-            if known.run_id == self._run.id:
-                return known
+        known = self._registered()
+        if known is not None:
+            return known
         parent = self._previous()
         init = self._initial(records, parent)
         cartridge = self._train(records, rows, init, parent)
         row = self._given.registry.register(cartridge, self._run.id, actor="distillation")
         self._given.announce(row)
         return row
+
+    def _registered(self) -> CartridgeRow | None:
+        """The cartridge that an earlier attempt of this run registered."""
+        rows = self._given.registry.list(self._run.domain)
+        return next((row for row in rows if row.run_id == self._run.id), None)
+
+    @staticmethod
+    def _decided(row: CartridgeRow) -> Outcome:
+        state: RunState = "promoted" if row.state in ("serving", "retired") else "rejected"
+        return Outcome(state, {"cartridge": row.id, "fraction": 1.0, "detail": row.state_reason})
 
     def _previous(self) -> Cartridge | None:
         """The cartridge whose values training starts from, where it shall start from one."""
@@ -160,6 +186,13 @@ class _Stages:
         name = wanted.cartridge or (None if serving is None else serving.id)
         if name is None:
             return None
+        if self._given.registry.get(name).stale:  # what was forgotten must not live on in its successors
+            if wanted.cartridge is None:
+                return None
+            raise DistillationError(
+                f"cache_init.cartridge: {name} is stale, it was trained on something that was forgotten since; name "
+                "another one, or use cache_init.type text"
+            )
         cartridge = self._given.shelf.get(name)
         if cartridge.manifest.model_fingerprint != self._given.loaded.fingerprint:
             if wanted.cartridge is None:  # of the model before: a text is the better beginning
@@ -174,8 +207,9 @@ class _Stages:
 
         self._stage("initial prefix")
         config = self._config
-        clean = [self._redactor.record(record) for record in records[:_INIT_RECORDS]]
-        history = teacher_messages("turns", config.system_prompt, "", clean)[:-1]
+        clean = [self._redactor.record(record) for record in records if not record.deleted]
+        seen = [record for record in clean if not self._kept_out(record)][:_INIT_RECORDS]
+        history = teacher_messages("turns", config.system_prompt, "", seen)[:-1]
         return initial_prefix(
             self._given.loaded,
             config.cache_init,
@@ -191,26 +225,37 @@ class _Stages:
     ) -> Cartridge:
         from memory.cartridges.cartridge import make_cartridge
         from memory.distillation.train_adapter import train
+        from memory.distillation.training_checkpoint import discard_training
 
         self._stage("training")
         config = self._config
         training = config.training
         if training.threads == 0:
             training = training.model_copy(update={"threads": self._given.threads})
-        result = train(
-            self._given.loaded,
-            [row for row in rows if row.split == "train"],
-            [row for row in rows if row.split == "eval"],
-            training,
-            init,
-            folder=self._folder,
-            stop=self._stop,
-            progress=self._training_progress,
-            between=self._give_way,
-        )
+
+        def attempt() -> TrainingResult:
+            return train(
+                self._given.loaded,
+                [row for row in rows if row.split == "train"],
+                [row for row in rows if row.split == "eval"],
+                training,
+                init,
+                folder=self._folder,
+                stop=self._stop,
+                progress=self._training_progress,
+                between=self._give_way,
+            )
+
+        try:
+            result = attempt()
+        except CheckpointUnusable as reason:  # rows, model or initial values are others than when it was begun
+            logger.warning("run %s: training begins anew: %s", self._run.id, reason)
+            discard_training(self._folder)
+            result = attempt()
         if not result.finished:
             raise Interrupted
         self._tell({"training": result.metrics})
+        lived = {record.id for record in records} if config.checkpoint_dir is None else set()
         return make_cartridge(
             self._given.loaded,
             result.prefix,
@@ -221,27 +266,44 @@ class _Stages:
             data_sha256=hashlib.sha256((self._folder / "dataset.parquet").read_bytes()).hexdigest(),
             steps=result.best_step,
             metrics=result.metrics,
-            experience_ids=[record.id for record in records] if config.checkpoint_dir is None else (),
+            experience_ids=sorted(lived | set(() if parent is None else parent.experience_ids)),
         )
 
     def _judge(self, row: CartridgeRow, records: Sequence[Record], rows: Sequence[Row]) -> Outcome:
         """Ask the candidate what it has not seen, beside the prompts that it shall replace, and promote it or not."""
         registry, told = self._given.registry, {"cartridge": row.id}
-        if row.state != "candidate":  # an earlier attempt ended after the decision
-            state: RunState = "promoted" if row.state in ("serving", "retired") else "rejected"
-            return Outcome(state, {**told, "fraction": 1.0, "detail": row.state_reason})
         self._stage("gate", **told)
+        self._refuse_forgotten(row)
         numbers, verdict = self._measure(row, records, rows)
         self._check_stop()
         metrics = {"evaluation": numbers, "verdict": verdict.numbers()}
         files.write_json(self._folder / "gate.json", metrics)
-        if verdict.passed:
-            row = registry.promote(row.id, actor="distillation", reason=verdict.reason, metrics=metrics)
-        else:
-            row = registry.reject(row.id, verdict.reason, actor="distillation", metrics=metrics)
+        self._refuse_forgotten(row)
+        try:
+            if verdict.passed:
+                row = registry.promote(row.id, actor="distillation", reason=verdict.reason, metrics=metrics)
+            else:
+                row = registry.reject(row.id, verdict.reason, actor="distillation", metrics=metrics)
+        except CartridgeConflict:  # somebody was quicker
+            self._refuse_forgotten(row)
+            return self._decided(registry.get(row.id))
         self._given.announce(row)
         outcome: RunState = "promoted" if verdict.passed else "rejected"
         return Outcome(outcome, {**told, **metrics, "fraction": 1.0, "detail": verdict.reason})
+
+    def _refuse_forgotten(self, row: CartridgeRow) -> None:
+        """Fail where something that the candidate learned from was forgotten while the run went on.
+
+        Whoever forgets marks the cartridges that there are; this one may not have been there yet.
+        """
+        registry = self._given.registry
+        for stale in registry.refresh_stale(actor="distillation"):
+            self._given.announce(stale)
+        now = registry.get(row.id)
+        if now.stale and now.state == "candidate":
+            reason = "something that it was trained on was forgotten or corrected while it was made"
+            self._given.announce(registry.reject(row.id, reason, actor="distillation"))
+            raise DistillationError(f"{row.id}: {reason}; start another run, or wait for the schedule to do so")
 
     def _measure(
         self, row: CartridgeRow, records: Sequence[Record], rows: Sequence[Row]
@@ -294,7 +356,10 @@ class _Stages:
         for sample in replay.samples():
             if sample.key in chosen:
                 chosen.remove(sample.key)
-                item = replay.item(sample)
+                try:
+                    item = replay.item(sample)
+                except ObservationTooLong:  # it has no long prompt to be compared with
+                    continue
                 found.append(question_of(wanted[sample.key], item.prompt.teacher_messages, candidates))
         return found
 
@@ -303,6 +368,12 @@ class _Stages:
         self._given.between()
 
     # Helpers.
+
+    def _kept_out(self, record: Record) -> bool:
+        """Whether the configuration wants a redacted ``record`` in no memory, so not in the initial prefix either."""
+        data = self._config.data
+        strict = data.strict_hold_out and data.hold_out == "observations"
+        return strict and split_of(content_key(record.observation), data.eval_share) == "eval"
 
     def _dataset_progress(self, now: DataProgress) -> None:
         self._tell(
@@ -340,3 +411,8 @@ class _Stages:
         begins = [*_BEGINS.values(), 1.0]
         place = list(_BEGINS).index(stage)
         return round(begins[place] + (begins[place + 1] - begins[place]) * min(1.0, max(0.0, share)), 4)
+
+
+def _was_finished(record: Record) -> bool:
+    """False for an answer that was cut off and that nobody judged: nothing learns from it."""
+    return record.meta.get("finish_reason") != "cancelled" or is_judged(record)

@@ -150,6 +150,15 @@ class RunCheckpoints:
                 path.unlink()
 
 
+def discard_training(folder: Path) -> None:
+    """Remove what a run that cannot be gone on with left in ``folder``."""
+    for path in folder.iterdir():
+        if _FILE.fullmatch(path.name) or path.name == LAST:
+            path.unlink()
+    if (folder / "state").is_dir():
+        files.remove_directory(folder / "state")
+
+
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
     """Turn "no space left" into ``TrainerDiskFull``."""

@@ -4,7 +4,8 @@
     episodes     so many experiences or episodes were lived through since
     elapsed      so much time has passed, and something new was lived through
     plateau      the scores of the newest experiences are no better than those before, and mistakes remain
-    stale        an experience that the serving cartridge learned from was deleted or corrected
+    stale        an experience that the serving cartridge learned from was deleted or corrected, and nothing was
+                 tried about it yet
 
 A trigger that fires within ``cooldown`` of the last run waits. Pure functions of what ``History`` and the rows say:
 who acts on it is the scheduler.
@@ -41,6 +42,7 @@ class Situation:
     scores: Sequence[float]
     stale: bool
     open_run: str | None = None
+    stale_tried: bool = False  #: a run for that brought no new cartridge, and nothing was lived through since
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,9 @@ def _stale(when: When, now: Situation) -> TriggerReport:
     if not when.on_stale:
         return TriggerReport("stale", False, float(now.stale), None, "switched off")
     said = "the serving cartridge learned from what was deleted since" if now.stale else "nothing it learned is gone"
-    return TriggerReport("stale", now.stale, float(now.stale), 1.0, said)
+    if now.stale and now.stale_tried:
+        said += ", but the last run brought no better one, and nothing was lived through since"
+    return TriggerReport("stale", now.stale and not now.stale_tried, float(now.stale), 1.0, said)
 
 
 def _tokens(when: When, now: Situation) -> TriggerReport:

@@ -114,11 +114,8 @@ class DistillationWorker:
             outcome, error = self._pipeline(run, pulse.report, pulse.stop), None
         except Interrupted:
             outcome, error = None, None
-        except DistillationError as problem:
-            outcome, error = Outcome("failed"), str(problem)
         except Exception as problem:  # whatever a run provokes ends that run only
-            logger.exception("distillation run %s failed", run.id)
-            outcome, error = Outcome("failed"), f"{type(problem).__name__}: {problem}; the server's log says where"
+            outcome, error = self._failed(run, pulse, problem)
         finally:
             pulse.end()
             self._pulse = None
@@ -127,6 +124,18 @@ class DistillationWorker:
         except LeaseLost as lost:
             logger.warning("distillation: %s", lost)
         logger.info("distillation run %s: %.1f s", run.id, time.monotonic() - begun)
+
+    @staticmethod
+    def _failed(run: Run, pulse: _Pulse, problem: Exception) -> tuple[Outcome | None, str | None]:
+        """What an exception means: after the end was asked for, only that something it needs went away first."""
+        known = isinstance(problem, DistillationError)
+        if pulse.stop.is_set():
+            logger.warning("distillation run %s was interrupted: %s", run.id, problem, exc_info=not known)
+            return None, None
+        if known:
+            return Outcome("failed"), str(problem)
+        logger.error("distillation run %s failed", run.id, exc_info=problem)
+        return Outcome("failed"), f"{type(problem).__name__}: {problem}; the server's log says where"
 
     def _end(self, run: Run, pulse: _Pulse, outcome: Outcome | None, error: str | None) -> None:
         if pulse.reason == "lost":

@@ -66,3 +66,9 @@ def test_switched_off_is_off() -> None:
     busy = Situation(10**6, 10**6, 10**6, 10**6, [0.0] * 100, True)
     assert decide(when, busy) == (None, "no trigger fires")
     assert all(report.reason == "switched off" for report in judge(when, busy))
+
+
+def test_what_is_stale_is_tried_once() -> None:
+    tried = replace(QUIET, stale=True, stale_tried=True)
+    assert decide(When(), tried)[0] is None
+    assert "brought no better one" in judge(When(), tried)[0].reason

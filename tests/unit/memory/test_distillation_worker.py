@@ -126,6 +126,22 @@ def test_a_stop_hands_the_run_to_the_next_worker(store: RunStore, work: Callable
     _until(store, run, "promoted")
 
 
+def test_what_breaks_while_the_server_stops_is_no_failure(
+    store: RunStore, work: Callable[..., DistillationWorker]
+) -> None:
+    def pipeline(run: Run, report: Report, stop: threading.Event) -> Outcome:
+        report({"stage": "dataset"})
+        stop.wait(30)
+        raise NothingToDistil("the engine that was to teach has stopped")
+
+    run = _create(store)
+    worker = work(pipeline)
+    while store.get(run).progress.get("stage") != "dataset":
+        time.sleep(0.01)
+    assert worker.stop(10)
+    assert (store.get(run).state, store.get(run).error) == ("queued", None)
+
+
 def test_who_lost_the_lease_writes_nothing_more(
     store: RunStore, work: Callable[..., DistillationWorker], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from memory.history import NewExperience
+from memory.distillation import evaluation, initialisers, train_adapter
+from memory.distillation.answers import content_key
+from memory.distillation.replay_env import split_of
+from memory.distillation.runs import RunStore
+from memory.distillation.worker import Outcome
+from memory.history import History, NewExperience
 from olympus.distillery import RunUnderWay, UnknownRun
 from olympus.errors import InvalidAction, InvalidRequest, NotReady
 from olympus.runtime import Runtime
 from settings import load_settings
+from storage.database import Database
 from tests.support.tiny_model import save_tiny_model
 
 WORDS = ("fox", "dog", "cat", "cow", "hen", "owl", "bee", "ant")
@@ -237,3 +246,179 @@ def test_without_a_model_it_says_so(tmp_path: Path) -> None:
         assert runtime.distillery.schedule()["working"] is False
     finally:
         runtime.shutdown(5)
+
+
+#: A run that is soon over: two steps, and too few questions for the gate.
+SHORT: dict[str, Any] = {
+    **LEARNING,
+    "training": {**LEARNING["training"], "max_steps": 2, "warmup_steps": 1},
+    "gate": {"min_rows": 50},
+}
+
+
+def _short(runtime: Runtime, **more: Any) -> dict[str, Any]:
+    return _ended(runtime, runtime.distillery.begin("zoo", preset="quick", overrides={**SHORT, **more})["id"])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"checkpoint_dir": "/etc"},
+        {"output_path": "/tmp/elsewhere"},
+        {"hf_repo_id": "them/rows"},
+        {"teacher": {"model": "openai:x@http://198.51.100.7/v1"}},
+        {"teacher": {"api_key_env": "HOME"}},
+        {"data": {"redact": {"enabled": False}}},
+    ],
+)
+def test_a_request_names_no_files_servers_or_secrets(make: Callable[..., Runtime], overrides: dict[str, Any]) -> None:
+    runtime = make()
+    _live(runtime, 4)
+    with pytest.raises(InvalidRequest, match="a request cannot change it"):
+        runtime.distillery.begin("zoo", preset="quick", overrides=overrides)
+    assert runtime.distillery.page("zoo", 5) == []
+
+
+def test_the_owner_may(make: Callable[..., Runtime], tmp_path: Path) -> None:
+    runtime = make()
+    _live(runtime, 4)
+    begun = runtime.distillery.begin("zoo", overrides={"checkpoint_dir": str(tmp_path)}, owner=True)
+    assert "memory_*.jsonl" in _ended(runtime, begun["id"])["error"]
+
+
+def test_what_is_forgotten_while_it_is_learned_is_not_promoted(
+    make: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = make()
+    _live(runtime)
+    learn = train_adapter.train
+
+    def train(*args: Any, **options: Any) -> Any:
+        runtime.forget(actor="test", experience_id=runtime.history.page(domain="zoo", limit=1)[0].id)
+        return learn(*args, **options)
+
+    monkeypatch.setattr(train_adapter, "train", train)
+    run = _ended(runtime, runtime.distillery.begin("zoo", preset="quick", overrides=LEARNING)["id"])
+    assert run["state"] == "failed"
+    assert "was forgotten" in run["error"]
+    assert [(row.state, row.stale) for row in runtime.cartridges.list("zoo")] == [("rejected", True)]
+
+
+def test_who_was_quicker_than_the_gate_has_decided(
+    make: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = make()
+    _live(runtime)
+    measure = evaluation.evaluate
+
+    def evaluate(*args: Any, **options: Any) -> Any:
+        runtime.cartridge_desk.reject(runtime.cartridges.list("zoo")[0].id, actor="test", reason="I do not like it")
+        return measure(*args, **options)
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    run = _ended(runtime, runtime.distillery.begin("zoo", preset="quick", overrides=LEARNING)["id"])
+    assert (run["state"], run["progress"]["detail"]) == ("rejected", "I do not like it")
+
+
+def test_what_was_judged_between_two_attempts_is_learned(make: Callable[..., Runtime]) -> None:
+    runtime = make()
+    _live(runtime)
+    late = runtime.history.append([NewExperience("cow 99 sees", "Bern", domain="zoo", source="test")])[0]
+    slow = {**LEARNING, "training": {**LEARNING["training"], "max_steps": 80, "early_stop_patience": 0}}
+    run_id = runtime.distillery.begin("zoo", preset="quick", overrides=slow)["id"]
+    deadline = time.monotonic() + 60
+    while runtime.distillery.run(run_id)["progress"].get("step", 0) < 10 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    runtime.shutdown(20)
+    database = Database(runtime.settings.database_url)
+    assert RunStore(database).get(run_id).state == "queued", "it was to be interrupted"
+    History(database).give_feedback(late.id, "Incorrect! The correct answer is Paris.", 0.0)
+    database.close()
+    run = _ended(make(), run_id)
+    assert run["state"] in ("promoted", "rejected"), run["error"]
+    assert run["progress"]["data"]["rows"] == 49
+
+
+def test_an_observation_too_long_for_the_long_prompt_is_not_asked(make: Callable[..., Runtime]) -> None:
+    runtime = make()
+    _live(runtime)
+    texts = (f"{number} {'fox ' * 120}" for number in range(100))
+    held_out = next(text for text in texts if split_of(content_key(text), 0.25) == "eval")
+    runtime.history.append(
+        [NewExperience(held_out, "Bern", domain="zoo", source="test", feedback="Correct!", score=1.0)]
+    )
+    run = _short(runtime, teacher={"max_prompt_tokens": 100}, gate={"min_rows": 2})
+    assert run["state"] in ("promoted", "rejected"), run["error"]
+    assert run["progress"]["evaluation"]["questions"] == run["progress"]["data"]["eval_rows"] - 1
+
+
+def test_answers_that_were_cut_off_are_not_learned(make: Callable[..., Runtime]) -> None:
+    runtime = make()
+    _live(runtime, 24)
+    cut = NewExperience("hen 99 sees", "Be", domain="zoo", source="test", meta={"finish_reason": "cancelled"})
+    judged = replace(cut, observation="owl 98 sees", feedback="Incorrect! The correct answer is Bern.")
+    runtime.history.append([cut, judged])
+    run = _short(runtime)
+    assert run["progress"]["experiences"] == 25
+    assert run["progress"]["data"]["rows"] == 25
+
+
+def test_a_strict_hold_out_holds_for_the_initial_prefix(
+    make: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = make()
+    _live(runtime)
+    seen: list[str] = []
+    initial = initialisers.initial_prefix
+
+    def initial_prefix(*args: Any, history: Any, **options: Any) -> Any:
+        seen.extend(item["content"] for item in history if item["content"].startswith(WORDS))
+        return initial(*args, history=history, **options)
+
+    monkeypatch.setattr(initialisers, "initial_prefix", initial_prefix)
+    run = _short(runtime, data={**LEARNING["data"], "strict_hold_out": True})
+    assert len(seen) == run["progress"]["data"]["train_rows"]
+    assert {split_of(content_key(text), 0.25) for text in seen} == {"train"}
+
+
+def test_a_successor_inherits_what_was_learned_and_nothing_stale(make: Callable[..., Runtime]) -> None:
+    runtime = make()
+    _live(runtime, 24)
+    first = runtime.cartridges.list("zoo")[0].id if _short(runtime) else ""
+    runtime.cartridge_desk.promote(first, actor="test", force=True)
+    _live(runtime, 24)
+    inherit = {"cache_init": {"type": "pretrained"}}
+    _short(runtime, **inherit, data={**LEARNING["data"], "max_records": 20})
+    second = runtime.cartridges.list("zoo")[0]
+    assert second.parent_id == first
+    oldest = runtime.history.page(domain="zoo", limit=100)[-1]
+    runtime.forget(actor="test", experience_id=oldest.id)  # not among the newest 20: only the first one saw it
+    assert {row.id: row.stale for row in runtime.cartridges.list("zoo")} == {first: True, second.id: True}
+    _short(runtime, **inherit)
+    third = runtime.cartridges.list("zoo")[0]
+    assert (third.parent_id, third.stale) == (None, False)
+    run = _short(runtime, cache_init={"type": "pretrained", "cartridge": first})
+    assert f"{first} is stale" in run["error"]
+
+
+def test_a_stale_cartridge_that_nothing_replaces_is_tried_once(make: Callable[..., Runtime], tmp_path: Path) -> None:
+    preset = tmp_path / "eager.yaml"
+    preset.write_text(yaml.safe_dump({**SHORT, "schedule": {"enabled": True, "cooldown_seconds": 0}}))
+    runtime = make(preset=str(preset))
+    _live(runtime, 24)
+    _short(runtime)
+    runtime.cartridge_desk.promote(runtime.cartridges.list("zoo")[0].id, actor="test", force=True)
+    runtime.forget(actor="test", experience_id=runtime.history.page(domain="zoo", limit=1)[0].id)
+    (run_id,) = runtime.distillery.look()
+    assert _ended(runtime, run_id)["state"] == "rejected"
+    assert runtime.distillery.look() == [], "the same again would end in the same way"
+    _live(runtime, 1)
+    assert len(runtime.distillery.look()) == 1
+
+
+def test_a_model_that_is_ready_too_late_starts_nothing(make: Callable[..., Runtime]) -> None:
+    runtime = make()
+    runtime.distillery.shutdown(5)
+    before = threading.active_count()
+    runtime.distillery.start(lambda run, report, stop: Outcome("promoted"))
+    assert threading.active_count() == before
