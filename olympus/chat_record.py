@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from memory.history import NewExperience, Record
-from olympus.chat_types import ChatFinished, ChatRequest, Delta, ModelCard
+from olympus.chat_types import ChatFinished, ChatRequest, Choice, Delta, ModelCard
 from workspace.channels import ToolCall, ToolCallDelta
 
 
@@ -35,11 +35,9 @@ def to_experience(
     )
 
 
-def from_record(record: Record) -> tuple[Delta, ChatFinished]:
-    """The recorded answer as a client is told it: in one piece."""
-    calls = tuple(ToolCall(**call) for call in record.meta.get("tool_calls", ()))
-    reasoning = record.meta.get("reasoning", "")
-    told = tuple(ToolCallDelta(place, call.name, call.arguments) for place, call in enumerate(calls))
+def from_record(record: Record) -> tuple[Delta | ChatFinished, ...]:
+    """The recorded answer as a client is told it: each choice in one piece, and the end."""
+    calls, reasoning = _calls(record.meta), record.meta.get("reasoning", "")
     finished = ChatFinished(
         finish_reason=record.meta["finish_reason"],
         text=record.action,
@@ -57,8 +55,28 @@ def from_record(record: Record) -> tuple[Delta, ChatFinished]:
         cartridges=tuple(record.meta.get("cartridges", ())),
         memory=record.meta.get("memory"),
         cartridge_slots=record.meta.get("cartridge_slots", 0),
+        others=tuple(
+            Choice(
+                finish_reason=noted["finish_reason"],
+                text=noted["text"],
+                completion_tokens=noted["completion_tokens"],
+                reasoning=noted.get("reasoning", ""),
+                reasoning_tokens=noted.get("reasoning_tokens"),
+                tool_calls=_calls(noted),
+            )
+            for noted in record.meta.get("choices", ())
+        ),
     )
-    return Delta(record.action, reasoning=reasoning, tool_calls=told), finished
+    return (*(_told(place, choice) for place, choice in enumerate(finished.choices)), finished)
+
+
+def _calls(noted: Mapping[str, Any]) -> tuple[ToolCall, ...]:
+    return tuple(ToolCall(**call) for call in noted.get("tool_calls", ()))
+
+
+def _told(place: int, choice: Choice) -> Delta:
+    calls = tuple(ToolCallDelta(number, call.name, call.arguments) for number, call in enumerate(choice.tool_calls))
+    return Delta(choice.text, reasoning=choice.reasoning, tool_calls=calls, index=place)
 
 
 def observation(messages: tuple[Mapping[str, Any], ...]) -> str:
@@ -82,13 +100,16 @@ def _meta(request: ChatRequest, model: ModelCard, key: str | None, finished: Cha
         "timings": {name: None if value is None else round(value, 4) for name, value in finished.timings.items()},
         "actor": request.actor,
     }
-    if finished.reasoning_tokens is not None:
-        meta["reasoning_tokens"] = finished.reasoning_tokens
-    if finished.reasoning:
-        meta["reasoning"] = _storable(finished.reasoning)
-    if finished.tool_calls:
-        meta["tool_calls"] = [
-            {"name": _storable(call.name), "arguments": _storable(call.arguments)} for call in finished.tool_calls
+    meta |= _said(finished.choices[0])
+    if finished.others:  # beside the experience, which is the first one's: nothing learns from them
+        meta["choices"] = [
+            {
+                "text": _storable(choice.text),
+                "finish_reason": choice.finish_reason,
+                "completion_tokens": choice.completion_tokens,
+            }
+            | _said(choice)
+            for choice in finished.others
         ]
     if finished.workspace is not None:
         meta["workspace"] = dict(finished.workspace)
@@ -99,6 +120,20 @@ def _meta(request: ChatRequest, model: ModelCard, key: str | None, finished: Cha
     if key is not None:
         meta["request_sha256"] = request.fingerprint()
     return meta
+
+
+def _said(choice: Choice) -> dict[str, Any]:
+    """What an answer said beside its text."""
+    said: dict[str, Any] = {}
+    if choice.reasoning_tokens is not None:
+        said["reasoning_tokens"] = choice.reasoning_tokens
+    if choice.reasoning:
+        said["reasoning"] = _storable(choice.reasoning)
+    if choice.tool_calls:
+        said["tool_calls"] = [
+            {"name": _storable(call.name), "arguments": _storable(call.arguments)} for call in choice.tool_calls
+        ]
+    return said
 
 
 def _storable(text: str) -> str:

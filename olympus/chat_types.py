@@ -82,7 +82,8 @@ class ChatRequest:
     """What a client wants. None means: as the settings say. ``messages`` hold plain text contents.
 
     ``reasoning_effort`` counts for models that know it; ``tools`` are OpenAI's objects. ``exact`` asks for every token
-    with its id, the ending one included (``ChatFinished.steps``). ``unrecorded``: it becomes no experience.
+    with its id, the ending one included (``ChatFinished.steps``). ``unrecorded``: it becomes no experience. ``n``
+    choices are answered, of which the first becomes the experience. ``logit_bias`` holds (token id, bias).
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -104,6 +105,8 @@ class ChatRequest:
     workspace: WorkspaceWish | None = None
     cartridges: tuple[CartridgeWish, ...] = ()
     memory: MemoryWish | None = None
+    n: int = 1
+    logit_bias: tuple[tuple[int, float], ...] = ()
     ignore_eos: bool = False
     exact: bool = False
     unrecorded: bool = False
@@ -117,12 +120,15 @@ class ChatRequest:
         content = {field.name: getattr(self, field.name) for field in fields(self)}
         del content["idempotency_key"], content["actor"]
         for younger in _YOUNGER:  # the digests of older requests know nothing of them
-            if not content[younger]:
+            if not content[younger] or (younger, content[younger]) == ("n", 1):
                 del content[younger]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=_plain).encode()).hexdigest()
 
 
-_YOUNGER = ("tools", "reasoning_effort", "workspace", "cartridges", "memory", "ignore_eos", "exact", "unrecorded")
+_YOUNGER = (
+    "tools", "reasoning_effort", "workspace", "cartridges", "memory", "ignore_eos", "exact", "unrecorded", "n",
+    "logit_bias",
+)  # fmt: skip
 
 
 def _plain(value: Any) -> Any:
@@ -165,12 +171,29 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What is certain now, and the tokens behind the text when log-probabilities were asked for."""
+    """What is certain now, and the tokens behind the text when log-probabilities were asked for.
+
+    ``index`` says of which choice.
+    """
 
     text: str
     tokens: tuple[TokenInfo, ...] = ()
     reasoning: str = ""
     tool_calls: tuple[ToolCallDelta, ...] = ()
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One answer to a request that asked for several. Counts are its own."""
+
+    finish_reason: FinishReason
+    text: str
+    completion_tokens: int
+    reasoning: str = ""
+    reasoning_tokens: int | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    steps: tuple[Step, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +203,7 @@ class ChatFinished:
     ``reasoning_tokens`` is None for models that have no channel for reasoning. ``workspace`` is what the workspace did,
     ``trace`` its numbers for every token, ``compare`` both answers; each None where it was not asked for.
     ``cartridges`` are the ids that served, ``cartridge_slots`` what was attended of them, ``memory`` what stood in for
-    the history.
+    the history. What is said of an answer is said of the first choice; ``others`` are the further ones.
     """
 
     finish_reason: FinishReason
@@ -202,3 +225,18 @@ class ChatFinished:
     cartridge_slots: int = 0
     memory: Mapping[str, Any] | None = None
     steps: tuple[Step, ...] | None = None
+    others: tuple[Choice, ...] = ()
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """All answers, in the order of their indices."""
+        first = Choice(
+            self.finish_reason,
+            self.text,
+            self.completion_tokens,
+            self.reasoning,
+            self.reasoning_tokens,
+            self.tool_calls,
+            self.steps,
+        )
+        return (first, *self.others)

@@ -16,16 +16,16 @@ from flask import Blueprint, Response, jsonify, request
 from flask.typing import ResponseReturnValue
 
 from olympus.admission import Slot
-from olympus.chat import ChatRun
-from olympus.chat_types import ChatFinished, Delta
+from olympus.chat_run import ChatRun
+from olympus.chat_types import ChatFinished, Delta, TokenInfo
 from olympus.errors import NotReady
 from web import sse
 from web.auth import requires
+from web.chat_schemas import ChatBody
 from web.context import principal, request_id, runtime
 from web.errors import ApiError, openai_error, problem_of
 from web.jsonio import parse_body
-from web.openai_wire import Wire, model_object
-from web.schemas import ChatBody
+from web.openai_wire import Wire, by_choice, model_object
 
 log = structlog.get_logger(__name__)
 
@@ -133,17 +133,20 @@ def _cut_off() -> NotReady:
     return NotReady("the answer was cut off because the server is stopping; what was written is in the history")
 
 
+def _is_cut_off(finished: ChatFinished) -> bool:
+    return any(choice.finish_reason == "cancelled" for choice in finished.choices)
+
+
 def _whole(exchange: _Exchange, wire: Wire, headers: dict[str, str]) -> ResponseReturnValue:
     deltas: list[Delta] = []
     try:
         for event in exchange.run.events(_TICK_SECONDS):
             if isinstance(event, ChatFinished):
-                if event.finish_reason == "cancelled":
+                if _is_cut_off(event):
                     raise _cut_off()
-                tokens = [token for delta in deltas for token in delta.tokens]
                 wanted = exchange.run.request
                 asked = wanted.logprobs and not wanted.exact and not event.replayed
-                response = jsonify(wire.completion(event, tokens if asked else None))
+                response = jsonify(wire.completion(event, _tokens(deltas) if asked else None))
                 response.headers.update(headers)
                 return response
             if event is not None:
@@ -157,9 +160,15 @@ def _whole(exchange: _Exchange, wire: Wire, headers: dict[str, str]) -> Response
     raise AssertionError("a chat always ends with ChatFinished or an error")
 
 
+def _tokens(deltas: list[Delta]) -> dict[int, list[TokenInfo]]:
+    """The tokens of each choice."""
+    return {of_one[0].index: [token for delta in of_one for token in delta.tokens] for of_one in by_choice(deltas)}
+
+
 def _stream(exchange: _Exchange, wire: Wire) -> Iterator[str]:
     try:
-        yield sse.event(wire.first())
+        for chunk in wire.opening(exchange.run.request.n):
+            yield sse.event(chunk)
         yield from _chunks(exchange, wire)
     except Exception as error:
         # The status line is long gone: the error becomes an event, which is what OpenAI's clients look for.
@@ -175,8 +184,8 @@ def _chunks(exchange: _Exchange, wire: Wire) -> Iterator[str]:
         if exchange.client_gone():
             return
         if isinstance(event, ChatFinished):
-            if pending:
-                yield sse.event(wire.delta(pending))
+            for chunk in wire.told(pending):
+                yield sse.event(chunk)
             yield from _ending(event, wire)
             return
         if exchange.stopped():
@@ -185,7 +194,8 @@ def _chunks(exchange: _Exchange, wire: Wire) -> Iterator[str]:
             pending.append(event)
         now = time.monotonic()
         if pending and now - written >= _BATCH_SECONDS:
-            yield sse.event(wire.delta(pending))
+            for chunk in wire.told(pending):
+                yield sse.event(chunk)
             pending, written = [], now
         elif now - written >= _KEEP_ALIVE_SECONDS:
             yield sse.KEEP_ALIVE
@@ -193,9 +203,8 @@ def _chunks(exchange: _Exchange, wire: Wire) -> Iterator[str]:
 
 
 def _ending(finished: ChatFinished, wire: Wire) -> Iterator[str]:
-    if finished.finish_reason == "cancelled":
+    if _is_cut_off(finished):
         raise _cut_off()
-    yield sse.event(wire.last(finished))
-    if wire.with_usage:
-        yield sse.event(wire.usage_chunk(finished))
+    for chunk in wire.ending(finished):
+        yield sse.event(chunk)
     yield "data: [DONE]\n\n"

@@ -1,332 +1,53 @@
-"""What clients may send to the routes that have no model of their own in ``olympus.requests``.
-
-``ChatBody`` is OpenAI's chat completion request as clients really send it (contents as text or as text parts, nulls
-for what they do not set, hints of OpenAI's own service), plus ``session`` and ``domain``. What would change the
-answer and is not built yet is refused by name; what is a hint only is accepted and ignored. Nothing is ignored that
-a client could rely on.
-"""
+"""What clients may send to the routes that have no model of their own in ``olympus.requests`` or ``chat_schemas``."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
-from olympus.chat_types import ChatRequest, MemoryWish, WorkspaceWish
 from olympus.requests import MAX_TEXT, Name, Text
-from web.cartridge_requests import CartridgeList, take_tags
-
-_ID_LIMIT = 2**63 - 1
-_MOST_STOPS = 4
-
-Role = Literal["system", "developer", "user", "assistant", "tool"]
-Session = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\x00]*\z")]
+from web.body import ID_LIMIT, Body, Session, without_nul
 
 
-def _unsupported(value: Any) -> Any:
-    if value in (None, [], {}):
-        return None
-    raise PydanticCustomError("unsupported", "is not supported yet; leave it out")
-
-
-def _only(*allowed: Any) -> BeforeValidator:
-    """Accept exactly these values; the rest is not supported yet."""
-
-    def check(value: Any) -> Any:
-        if value is None or any(value == item and type(value) is type(item) for item in allowed):
-            return value
-        shown = " or ".join(repr(item) for item in allowed)
-        raise PydanticCustomError("unsupported", "only {shown} is supported yet", {"shown": shown})
-
-    return BeforeValidator(check)
-
-
-def _flatten(content: Any) -> Any:
-    """OpenAI's two forms of content as one text; parts that are not text are refused by their type."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind in ("text", "input_text") and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif isinstance(kind, str) and kind not in ("text", "input_text"):
-            raise PydanticCustomError("unsupported", "parts of type {kind} are not supported yet", {"kind": kind[:40]})
-        else:
-            raise PydanticCustomError("value_error", "each part must be like {{'type': 'text', 'text': '...'}}")
-    return "\n".join(texts)
-
-
-def _without_nul(text: str) -> str:
-    if "\x00" in text:
-        raise PydanticCustomError("value_error", "must not contain NUL characters")
-    return text
-
-
-def _stops(value: Any) -> Any:
-    stops = [value] if isinstance(value, str) else value
-    if stops is None:
-        return ()
-    if not isinstance(stops, list) or not all(isinstance(item, str) and item for item in stops):
-        raise PydanticCustomError("value_error", "must be a text, or a list of texts, none of them empty")
-    if len(stops) > _MOST_STOPS:
-        raise PydanticCustomError("value_error", "at most {most} stop texts are possible", {"most": _MOST_STOPS})
-    return tuple(stops)
-
-
-Unsupported = Annotated[Any, AfterValidator(_unsupported)]
-Ignored = Any
-Content = Annotated[str | None, BeforeValidator(_flatten)]
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Message(_Body):
-    """One turn. Also takes what clients copy from earlier answers (``refusal: null`` and the like)."""
-
-    role: Role
-    content: Content = None
-    name: Annotated[str, StringConstraints(max_length=128)] | None = None
-    tool_call_id: Annotated[str, StringConstraints(max_length=128)] | None = None
-    tool_calls: Unsupported = None
-    function_call: Unsupported = None
-    audio: Unsupported = None
-    refusal: Ignored = None
-    annotations: Ignored = None
-    reasoning: Ignored = None
-    reasoning_content: Ignored = None
-
-    @model_validator(mode="after")
-    def _has_content(self) -> Message:
-        if self.content is None and self.role != "assistant":
-            raise PydanticCustomError("value_error", "content is missing; give a text")
-        _without_nul(self.content or "")
-        return self
-
-    def to_template(self) -> dict[str, str]:
-        """The message as chat templates take it."""
-        turn: dict[str, str] = {"role": self.role, "content": self.content or ""}
-        for key in ("name", "tool_call_id"):
-            value = getattr(self, key)
-            if value is not None:
-                turn[key] = value
-        return turn
-
-
-class StreamOptions(_Body):
-    """Options of a stream."""
-
-    include_usage: bool | None = None
-    include_obfuscation: Ignored = None
-
-
-class WorkspaceBody(_Body):
-    """Which parts of the workspace serve a request; what is not said is as the server's settings say."""
-
-    enabled: bool | None = None
-    virtual_kv: bool | None = None
-    residual_delta: bool | None = None
-    controller: bool | None = None
-    memory: bool | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=_ID_LIMIT)] | None = None
-    trace: bool = False
-    compare: bool = False
-
-    @model_validator(mode="after")
-    def _agrees_with_itself(self) -> WorkspaceBody:
-        if self.enabled is False and (self.compare or self.trace):
-            raise PydanticCustomError("value_error", "compare and trace need the workspace; leave enabled out")
-        return self
-
-
-def _workspace(value: Any) -> Any:
-    """``true`` and ``false`` switch all of it."""
-    return {"enabled": value} if isinstance(value, bool) else value
-
-
-Workspace = Annotated[WorkspaceBody | None, BeforeValidator(_workspace)]
-
-
-class MemoryBody(_Body):
-    """Whether the domain's cartridge stands in for a long history, and how many turns stay as they are."""
-
-    enabled: bool | None = None
-    recent_turns: Annotated[int, Field(ge=0, le=1000)] | None = None
-
-
-def _memory(value: Any) -> Any:
-    """``true`` and ``false``; an object is a wish for it unless it says otherwise."""
-    if isinstance(value, bool):
-        return {"enabled": value}
-    return {"enabled": True, **value} if isinstance(value, dict) else value
-
-
-Memory = Annotated[MemoryBody | None, BeforeValidator(_memory)]
-
-
-class OlympusOptions(_Body):
-    """Ours, in a field of its own: clients that check OpenAI's fields pass it on as it is."""
-
-    session: Session | None = None
-    domain: Name | None = None
-    workspace: Workspace = None
-    cartridges: CartridgeList | None = None
-    memory: Memory = None
-
-
-class ChatBody(_Body):
-    """``POST /v1/chat/completions``."""
-
-    messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=2000)]
-    model: Annotated[str, StringConstraints(max_length=256)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=_ID_LIMIT)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=_ID_LIMIT)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=1_000_000)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=_ID_LIMIT)] | None = None
-    stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    session: Session | None = None
-    domain: Name | None = None
-    workspace: Workspace = None
-    cartridges: CartridgeList | None = None
-    memory: Memory = None
-    logprobs_in_fingerprint: bool | None = None
-    ignore_eos: bool | None = None
-    olympus: OlympusOptions | None = None
-    n: Annotated[Any, _only(1)] = None
-    response_format: Annotated[Any, _only({"type": "text"})] = None
-    modalities: Annotated[Any, _only(["text"])] = None
-    tool_choice: Annotated[Any, _only("none", "auto")] = None
-    tools: Unsupported = None
-    functions: Unsupported = None
-    function_call: Unsupported = None
-    logit_bias: Unsupported = None
-    audio: Unsupported = None
-    prediction: Unsupported = None
-    web_search_options: Unsupported = None
-    moderation: Unsupported = None
-    user: Ignored = None
-    metadata: Ignored = None
-    store: bool | None = None
-    service_tier: Ignored = None
-    reasoning_effort: Any = None  #: only some models know it: they judge the value, the others ignore it
-    verbosity: Ignored = None
-    parallel_tool_calls: Ignored = None
-    prompt_cache_key: Ignored = None
-    prompt_cache_options: Ignored = None
-    prompt_cache_retention: Ignored = None
-    safety_identifier: Ignored = None
-    apply_chat_template_overrides: Unsupported = None
-
-    @model_validator(mode="after")
-    def _agrees_with_itself(self) -> ChatBody:
-        if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError("value_error", "stream_options is only possible when stream is true")
-        if self.logprobs_in_fingerprint and self.stream:
-            raise PydanticCustomError("value_error", "logprobs_in_fingerprint is only possible without stream")
-        inner = self.olympus or OlympusOptions()
-        for name, one, other in (
-            ("max_tokens and max_completion_tokens", self.max_tokens, self.max_completion_tokens),
-            ("session and olympus.session", self.session, inner.session),
-            ("domain and olympus.domain", self.domain, inner.domain),
-            ("workspace and olympus.workspace", self.workspace, inner.workspace),
-            ("cartridges and olympus.cartridges", self.cartridges, inner.cartridges),
-            ("memory and olympus.memory", self.memory, inner.memory),
-        ):
-            if one is not None and other is not None and one != other:
-                raise PydanticCustomError("value_error", "{name} differ; give one of them", {"name": name})
-        return self
-
-    @property
-    def include_usage(self) -> bool:
-        """True when the stream shall end with a chunk that holds the usage."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-    def to_request(self, *, actor: str, idempotency_key: str | None) -> ChatRequest:
-        """What the chat service takes."""
-        inner = self.olympus or OlympusOptions()
-        wish = self.workspace or inner.workspace
-        memory = self.memory or inner.memory
-        messages, tagged = take_tags([message.to_template() for message in self.messages])
-        named = tuple(item.to_wish() for item in self.cartridges or inner.cartridges or ())
-        return ChatRequest(
-            messages=messages,
-            model=self.model,
-            max_tokens=self.max_completion_tokens if self.max_tokens is None else self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=None if self.top_k is None else max(0, self.top_k),  # -1 means off elsewhere
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            frequency_penalty=self.frequency_penalty,
-            presence_penalty=self.presence_penalty,
-            seed=self.seed,
-            stop=self.stop,
-            logprobs=bool(self.logprobs),
-            top_logprobs=self.top_logprobs or 0,
-            reasoning_effort=None if self.reasoning_effort is None else str(self.reasoning_effort),
-            workspace=None if wish is None else WorkspaceWish(**wish.model_dump()),
-            cartridges=(*named, *tagged),
-            memory=None if memory is None else MemoryWish(**memory.model_dump()),
-            ignore_eos=bool(self.ignore_eos),
-            exact=bool(self.logprobs_in_fingerprint),
-            unrecorded=self.store is False,
-            session_id=self.session or inner.session,
-            domain=self.domain or inner.domain,
-            idempotency_key=idempotency_key,
-            actor=actor,
-        )
-
-
-class HistoryQuery(_Body):
+class HistoryQuery(Body):
     """``GET /olympus/history``."""
 
     domain: Annotated[str, StringConstraints(max_length=64)] | None = None
     session: Annotated[str, StringConstraints(max_length=128)] | None = None
-    before: Annotated[int, Field(ge=0, le=_ID_LIMIT)] | None = None
+    before: Annotated[int, Field(ge=0, le=ID_LIMIT)] | None = None
     limit: Annotated[int, Field(ge=1, le=200)] = 50
 
 
-class ForgetQuery(_Body):
+class ForgetQuery(Body):
     """``DELETE /olympus/history``."""
 
     domain: Annotated[str, StringConstraints(max_length=64)] | None = None
     session: Annotated[str, StringConstraints(max_length=128)] | None = None
 
 
-class SessionsQuery(_Body):
+class SessionsQuery(Body):
     """``GET /olympus/sessions``."""
 
     limit: Annotated[int, Field(ge=1, le=500)] = 100
 
 
-class ExperienceBody(_Body):
+class ExperienceBody(Body):
     """``POST /olympus/history``: something that an agent elsewhere lived through. An action may be empty text."""
 
     observation: Text
-    action: Annotated[str, StringConstraints(max_length=MAX_TEXT), AfterValidator(_without_nul)]
+    action: Annotated[str, StringConstraints(max_length=MAX_TEXT), AfterValidator(without_nul)]
     domain: Name | None = None
     feedback: Text | None = None
     score: Annotated[float, Field(ge=-1, le=1)] | None = None
     session_id: Session | None = None
     episode_id: Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00]*\z")] | None = None
     request_id: Session | None = None
-    meta: Annotated[dict[str, Any], Field(max_length=32)] = {}
+    meta: Annotated[dict[str, Any], Field(default_factory=dict, max_length=32)]
 
 
-class FeedbackBody(_Body):
+class FeedbackBody(Body):
     """``POST /olympus/history/<id>/feedback``: a score from -1 to 1, a text, or both."""
 
     score: Annotated[float, Field(ge=-1, le=1)] | None = None
@@ -339,7 +60,7 @@ class FeedbackBody(_Body):
         return self
 
 
-class CorrectBody(_Body):
+class CorrectBody(Body):
     """``POST /olympus/history/<id>/correct``: the observation, the action, or both, as they should have been."""
 
     observation: Text | None = None
@@ -354,20 +75,20 @@ class CorrectBody(_Body):
         return self
 
 
-class HistoryExportQuery(_Body):
+class HistoryExportQuery(Body):
     """``GET /olympus/history/export``."""
 
     domain: Name | None = None
     format: Literal["rich", "plain"] = "rich"
 
 
-class HistoryImportQuery(_Body):
+class HistoryImportQuery(Body):
     """``POST /olympus/history/import``: the domain of lines that name none."""
 
     domain: Name | None = None
 
 
-class MemoryQuery(_Body):
+class MemoryQuery(Body):
     """``GET /olympus/memory/search``. Times are UTC seconds since the epoch, as in ``created_at``."""
 
     q: Annotated[str, StringConstraints(min_length=1, max_length=2000)]
@@ -379,55 +100,55 @@ class MemoryQuery(_Body):
     limit: Annotated[int, Field(ge=1, le=100)] = 10
 
 
-class MetricsQuery(_Body):
+class MetricsQuery(Body):
     """``GET /olympus/kernels/<id>/metrics``."""
 
-    since: Annotated[int, Field(ge=0, le=_ID_LIMIT)] | None = None
+    since: Annotated[int, Field(ge=0, le=ID_LIMIT)] | None = None
     max_points: Annotated[int, Field(ge=1, le=10_000)] = 2000
     spread: bool = False
 
 
-class ProposalsQuery(_Body):
+class ProposalsQuery(Body):
     """``GET /olympus/proposals``."""
 
     limit: Annotated[int, Field(ge=1, le=500)] = 50
 
 
-class DistillBody(_Body):
+class DistillBody(Body):
     """``POST /olympus/distillation/runs``: a preset and single values on top of it."""
 
     domain: Name | None = None
     preset: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,64}\z")] | None = None
-    config: dict[str, Any] = {}
+    config: dict[str, Any] = Field(default_factory=dict)
 
 
-class RunsQuery(_Body):
+class RunsQuery(Body):
     """``GET /olympus/distillation/runs``."""
 
     domain: Annotated[str, StringConstraints(max_length=64)] | None = None
     limit: Annotated[int, Field(ge=1, le=500)] = 50
 
 
-class RunMetricsQuery(_Body):
+class RunMetricsQuery(Body):
     """``GET /olympus/distillation/runs/<id>/metrics``: lines after the first ``since``."""
 
-    since: Annotated[int, Field(ge=0, le=_ID_LIMIT)] = 0
+    since: Annotated[int, Field(ge=0, le=ID_LIMIT)] = 0
 
 
-class OutlookQuery(_Body):
+class OutlookQuery(Body):
     """``GET /olympus/distillation/outlook``."""
 
     domain: Name | None = None
 
 
-class StreamQuery(_Body):
+class StreamQuery(Body):
     """``GET /olympus/stream``: topics separated by commas; none means all."""
 
     topics: Annotated[str, StringConstraints(max_length=500)] = ""
-    last_event_id: Annotated[int, Field(ge=0, le=_ID_LIMIT)] | None = None
+    last_event_id: Annotated[int, Field(ge=0, le=ID_LIMIT)] | None = None
 
 
-class KernelStreamQuery(_Body):
+class KernelStreamQuery(Body):
     """``GET /olympus/kernels/<id>/events``."""
 
-    last_event_id: Annotated[int, Field(ge=0, le=_ID_LIMIT)] | None = None
+    last_event_id: Annotated[int, Field(ge=0, le=ID_LIMIT)] | None = None

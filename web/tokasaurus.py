@@ -12,9 +12,9 @@ from flask import Blueprint, jsonify
 from flask.typing import ResponseReturnValue
 
 from web.auth import requires
+from web.chat_schemas import ChatBody
 from web.jsonio import parse_body
 from web.openai import answer
-from web.schemas import ChatBody
 
 blueprint = Blueprint("tokasaurus", __name__)
 

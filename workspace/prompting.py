@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from jinja2.exceptions import TemplateError
 
-from workspace.errors import InvalidPrompt
+from workspace.errors import InvalidPrompt, InvalidSampling
 from workspace.harmony_prompt import check_effort, harmony_messages
 from workspace.models import LoadedModel
 from workspace.sampling import SamplingParams
@@ -122,4 +122,6 @@ class Prompting:
         outside = next((number for number in ids if not 0 <= number < size), None)
         if outside is not None:
             raise InvalidPrompt(f"prompt: token id {outside} is outside the vocabulary of {size}")
+        if params.logit_bias and (token := max(params.logit_bias)[0]) >= size:
+            raise InvalidSampling("logit_bias", f"token id {token} is outside the vocabulary of {size}")
         return tuple(ids), params

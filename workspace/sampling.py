@@ -2,6 +2,7 @@
 
 Definitions follow vLLM and the OpenAI API, in vLLM's order:
 
+0. ``logit_bias`` is added to the logits of its tokens;
 1. repetition penalty r over prompt and generated tokens: logit / r if positive, else logit * r (CTRL, 1909.05858);
 2. frequency and presence penalties over generated tokens: logit - f * count - p * (count > 0);
 3. temperature 0: argmax of that. Otherwise divide by the temperature, then keep
@@ -10,7 +11,7 @@ Definitions follow vLLM and the OpenAI API, in vLLM's order:
 6. ``top_p``: the smallest set of the most probable ones that holds that mass of what is left (1904.09751);
 7. draw by inverting the cumulative distribution with one uniform number.
 
-Log-probabilities are those of the unmodified model distribution: before penalties, temperature and truncation.
+Log-probabilities are those of the unmodified model distribution: before biases, penalties, temperature and truncation.
 The global random generator is never used: equal seeds give equal tokens whatever else runs.
 """
 
@@ -26,6 +27,7 @@ import torch
 from workspace.errors import InvalidSampling
 
 MAX_TOP_LOGPROBS = 20
+MAX_BIAS = 100
 #: Candidates looked at before the whole vocabulary is sorted; top_p almost always ends within them.
 _FIRST_CANDIDATES = 256
 
@@ -35,6 +37,7 @@ class SamplingParams:
     """What a request asks for; one that exists is valid. Raises ``InvalidSampling`` naming the parameter.
 
     ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 mean no truncation; ``seed`` None draws one from the system.
+    ``logit_bias`` holds (token id, bias), each id once, from -100 (practically never) to 100 (practically always).
     ``stop`` strings end the text before themselves; ``stop_ids`` end it like an end-of-sequence token.
     """
 
@@ -52,6 +55,7 @@ class SamplingParams:
     logprobs: bool = False
     top_logprobs: int = 0
     ignore_eos: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         _require("max_tokens", self.max_tokens, self.max_tokens >= 1, "must be at least 1")
@@ -70,8 +74,18 @@ class SamplingParams:
         _require("stop", self.stop, proper, "must be a tuple of strings, none of them empty")
         in_range = 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS
         _require("top_logprobs", self.top_logprobs, in_range, f"must be from 0 to {MAX_TOP_LOGPROBS}")
+        if self.logit_bias:
+            in_range = all(-MAX_BIAS <= bias <= MAX_BIAS for _, bias in self.logit_bias)
+            _require("logit_bias", dict(self.logit_bias), in_range, f"must be from -{MAX_BIAS} to {MAX_BIAS}")
+            ids = [token for token, _ in self.logit_bias]
+            _require("logit_bias", ids, min(ids) >= 0 and len(set(ids)) == len(ids), "must name each token id once")
         if self.top_logprobs and not self.logprobs:
             raise InvalidSampling("top_logprobs", "needs logprobs to be true")
+
+    @property
+    def changes_logits(self) -> bool:
+        """True when the greatest logit need not be the greedy choice."""
+        return self.has_penalties or bool(self.logit_bias)
 
     @property
     def has_penalties(self) -> bool:
@@ -109,6 +123,7 @@ class Sampler:
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self._generator = torch.Generator().manual_seed(self.seed)
         self._prompt_ids = prompt_ids
+        self._bias: tuple[torch.Tensor, torch.Tensor] | None = None  # ids [B] and what is added to their logits [B]
         self._history: _History | None = None  # made with the first logits, which say how large the vocabulary is
 
     def choose(self, logits: torch.Tensor) -> SampledToken:
@@ -117,7 +132,7 @@ class Sampler:
         Raises ``FloatingPointError`` when the model's logits are not numbers.
         """
         params = self.params
-        if params.temperature == 0 and not params.has_penalties:
+        if params.temperature == 0 and not params.changes_logits:
             token = int(logits.argmax())
             if not math.isfinite(float(logits[token])):
                 raise FloatingPointError("the model's logits are not finite")
@@ -141,6 +156,11 @@ class Sampler:
         return self._draw(scaled)
 
     def _penalise(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.params.logit_bias:
+            if self._bias is None:
+                ids, values = zip(*self.params.logit_bias, strict=True)
+                self._bias = torch.tensor(ids), torch.tensor(values, dtype=torch.float32)
+            logits = logits.index_add(0, *self._bias)  # a new tensor: the model's own stay as they are
         if not self.params.has_penalties:
             return logits
         if self._history is None:

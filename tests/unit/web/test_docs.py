@@ -18,7 +18,7 @@ from tests.unit.olympus.kernel_world import archive_bytes
 from tests.unit.web.conftest import MakeRuntime
 from web.app import create_app
 from web.auth import OPEN
-from web.schemas import ChatBody
+from web.chat_schemas import ChatBody
 from web.stream import TOPICS
 from workspace.prefix import prefix_of_tokens
 

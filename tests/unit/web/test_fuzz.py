@@ -14,7 +14,7 @@ from werkzeug.test import TestResponse
 
 from olympus.requests import QueryRequest, SpawnRequest
 from olympus.runtime import Runtime
-from web.schemas import ChatBody
+from web.chat_schemas import ChatBody
 
 # The client is stateless, and the servers are made once; examples are few enough to stay fast and seeded to repeat.
 FUZZ = settings(

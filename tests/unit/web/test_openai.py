@@ -18,7 +18,7 @@ from olympus.errors import ModelNotReady
 from olympus.runtime import Runtime
 from tests.unit.web.conftest import MakeRuntime, ask, events
 from web.app import create_app
-from web.schemas import ChatBody
+from web.chat_schemas import ChatBody
 from workspace.generation import Finished, Timings, TokenChunk, Usage
 
 PATH = "/v1/chat/completions"
@@ -155,11 +155,14 @@ def test_hints_and_nulls_change_nothing(client: FlaskClient) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
-    ({"n": 2}, "n", "only 1 is supported yet"),
-    ({"n": True}, "n", "only 1"),
+    ({"n": 9}, "n", "less than or equal to 8"),
+    ({"n": True}, "n", "valid integer"),
+    ({"n": 2, "workspace": {"compare": True}}, "n", "only 1 with the workspace"),
     ({"tools": [{"type": "function"}]}, "tools", "not supported yet"),
     ({"tool_choice": "required"}, "tool_choice", "supported yet"),
-    ({"logit_bias": {"50256": -100}}, "logit_bias", "not supported yet"),
+    ({"logit_bias": {"50256": -100}}, "logit_bias", "token id 50256 is outside the vocabulary of 320"),
+    ({"logit_bias": {"5": -101}}, "logit_bias[5]", "greater than or equal to -100"),
+    ({"logit_bias": {"the": 1}}, "logit_bias", "must map token ids to numbers"),
     ({"response_format": {"type": "json_object"}}, "response_format", "supported yet"),
     ({"modalities": ["audio"]}, "modalities", "supported yet"),
     ({"audio": {"voice": "x"}}, "audio", "not supported yet"),

@@ -37,6 +37,10 @@ def draws(params: SamplingParams, logits: torch.Tensor, count: int, prompt: list
         ("stop", ("",)),
         ("stop", "END"),
         ("top_logprobs", 21),
+        ("logit_bias", ((1, 100.5),)),
+        ("logit_bias", ((1, math.nan),)),
+        ("logit_bias", ((-1, 1.0),)),
+        ("logit_bias", ((1, 1.0), (1, 2.0))),
         ("top_logprobs", 3),  # without logprobs
     ],
 )
@@ -49,6 +53,22 @@ def test_what_is_out_of_range_is_refused_by_name(field: str, value: object) -> N
 def test_temperature_zero_is_argmax() -> None:
     logits = torch.tensor([0.1, 3.0, 2.9])
     assert draws(SamplingParams(temperature=0), logits, 5) == [1] * 5
+
+
+def test_biases_are_added_before_the_penalties_and_leave_the_logits_alone() -> None:
+    logits = torch.tensor([0.5, 3.0, 2.0, -1.0])
+    before = logits.clone()
+    params = SamplingParams(
+        temperature=0, logit_bias=((1, -2.0), (3, 5.5)), repetition_penalty=2.0, logprobs=True, top_logprobs=1
+    )
+    sampler = Sampler(params, [2])
+    # With biases 0.5, 1, 2, 4.5; then token 2 was said in the prompt, and each chosen token is.
+    assert [sampler.choose(logits).token_id for _ in range(3)] == [3, 3, 3]
+    chosen = Sampler(params, [2, 3]).choose(logits)
+    assert chosen.token_id == 3, "(-1 + 5.5) / 2 is the greatest, -1 * 2 + 5.5 would be, too"
+    assert chosen.logprob == pytest.approx(float(torch.log_softmax(before, 0)[3]))
+    assert torch.equal(logits, before)
+    assert set(draws(SamplingParams(temperature=1.0, seed=3, logit_bias=((1, -100.0),)), logits, 500)) == {0, 2, 3}
 
 
 def test_a_tiny_temperature_does_not_overflow() -> None:
