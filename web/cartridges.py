@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeVar
 
 from flask import Blueprint, Response, jsonify, request
 from flask.typing import ResponseReturnValue
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from werkzeug.routing import BaseConverter
 
 from memory.cartridges.ids import MOST_CHARACTERS
@@ -19,6 +19,7 @@ from web.jsonio import parse_body, parse_query, read_body
 blueprint = Blueprint("cartridges", __name__, url_prefix="/olympus/cartridges")
 
 MIMETYPE = "application/zip"
+_ID_LIMIT = (1 << 63) - 1
 _ACCEPTED = frozenset({MIMETYPE, "application/x-zip-compressed", "application/octet-stream"})
 
 Reason = Annotated[str, StringConstraints(max_length=1000, pattern=r"^[^\x00]*\z")]
@@ -42,6 +43,7 @@ class ListQuery(_Request):
 
     domain: Annotated[str, StringConstraints(max_length=64)] | None = None
     deleted: bool = False
+    experience: Annotated[int, Field(ge=1, le=_ID_LIMIT)] | None = None
 
 
 class DomainQuery(_Request):
@@ -94,7 +96,7 @@ class RollbackBody(_Request):
 def cartridges() -> ResponseReturnValue:
     """All cartridges, newest first."""
     query = parse_query(ListQuery)
-    rows = runtime().cartridges.list(query.domain, deleted=query.deleted)
+    rows = runtime().cartridges.list(query.domain, deleted=query.deleted, experience=query.experience)
     return jsonify({"cartridges": [row.to_json() for row in rows]})
 
 

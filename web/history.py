@@ -50,6 +50,25 @@ def forget() -> ResponseReturnValue:
     return jsonify({"deleted": runtime().forget(actor=principal().id, **which)})
 
 
+@blueprint.get("/history/domains")
+@requires("history:read")
+def domains() -> ResponseReturnValue:
+    """What the history is about, with the number of experiences of each domain and its newest id."""
+    found = sorted(runtime().history.domains().items())
+    told = [{"domain": domain, "experiences": count, "newest_id": newest} for domain, (count, newest) in found]
+    return jsonify({"domains": told})
+
+
+@blueprint.get(f"/history/{_ID}")
+@requires("history:read")
+def one(experience_id: int) -> ResponseReturnValue:
+    """One experience, whole: also the messages that the model was asked with."""
+    record = runtime().history.get(experience_id)
+    if record is None or record.deleted:
+        raise _unknown(experience_id)
+    return jsonify({**_shown(record), "messages": record.messages})
+
+
 @blueprint.delete(f"/history/{_ID}")
 @requires("history:write")
 def forget_one(experience_id: int) -> ResponseReturnValue:

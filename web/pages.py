@@ -52,6 +52,20 @@ def kernel(kernel_id: str) -> ResponseReturnValue:
     return render_template("kernel.html", page="kernel", kernel_id=kernel_id)
 
 
+@blueprint.get("/cartridges")
+@requires(ANY)
+def cartridges() -> ResponseReturnValue:
+    """What serves each domain, and how it is distilled."""
+    return render_template("cartridges.html", page="cartridges")
+
+
+@blueprint.get("/memory")
+@requires(ANY)
+def memory() -> ResponseReturnValue:
+    """What was lived through: search, correct, forget."""
+    return render_template("memory.html", page="memory")
+
+
 @blueprint.get("/login")
 def login() -> ResponseReturnValue:
     """The sign-in form."""

@@ -60,15 +60,18 @@ class CartridgeRegistry:
             row = session.get(Row, cartridge_id)
             return detached(_existing(row, cartridge_id))
 
-    def list(self, domain: str | None = None, *, deleted: bool = False) -> Sequence[CartridgeRow]:
-        """All that are not deleted, newest first."""
+    def list(
+        self, domain: str | None = None, *, deleted: bool = False, experience: int | None = None
+    ) -> Sequence[CartridgeRow]:
+        """All that are not deleted, newest first. ``experience``: only those that were trained on it."""
         query = sa.select(Row).order_by(Row.created_at.desc(), Row.version.desc())
         if domain is not None:
             query = query.where(Row.domain == domain)
         if not deleted:
             query = query.where(Row.state != "deleted")
         with self._database.read() as session:
-            return [detached(row) for row in session.scalars(query)]
+            rows = session.scalars(query)
+            return [detached(row) for row in rows if experience is None or experience in row.experience_ids]
 
     def lineage(self, domain: str) -> Sequence[CartridgeRow]:
         """Every cartridge that a domain ever had, oldest first, deleted ones included."""

@@ -33,11 +33,15 @@ export function signIn() {
 }
 
 async function call(method, path, body, signal) {
+  return send(method, path, body === undefined ? undefined : JSON.stringify(body), "application/json", signal);
+}
+
+async function send(method, path, content, type, signal) {
   const headers = { Accept: "application/json" };
-  if (body !== undefined) headers["Content-Type"] = "application/json";
+  if (content !== undefined) headers["Content-Type"] = type;
   let response;
   try {
-    response = await fetch(path, { method, headers, signal, cache: "no-store", body: body === undefined ? undefined : JSON.stringify(body) });
+    response = await fetch(path, { method, headers, signal, cache: "no-store", body: content });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ApiError("the server cannot be reached; is it still running?", 0, "unreachable", null);
@@ -51,4 +55,5 @@ export const api = {
   get: (path, signal) => call("GET", path, undefined, signal),
   post: (path, body = {}) => call("POST", path, body),
   delete: (path) => call("DELETE", path),
+  upload: (path, file, type) => send("POST", path, file, type),
 };

@@ -5,7 +5,7 @@ import { percent, refreshTimes } from "./format.js";
 import { api, signIn } from "./api.js";
 import { LiveStream } from "./stream.js";
 
-const TOPICS = ["model", "history", "chat", "kernel.state", "kernel.metric", "kernel.checkpoint", "kernel.drift", "kernel.proposal"];
+const TOPICS = ["model", "history", "chat", "kernel.state", "kernel.metric", "kernel.checkpoint", "kernel.drift", "kernel.proposal", "cartridge", "distillation"];
 const STATE_TEXT = {
   connecting: ["connecting", "Opening the live connection"],
   live: ["live", "Numbers arrive as they are measured"],

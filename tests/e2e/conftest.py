@@ -5,6 +5,7 @@ Without Chromium these tests are skipped, unless OLYMPUS_TEST_REQUIRE_ALL=1, whi
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 import time
@@ -16,6 +17,15 @@ from typing import Any, NoReturn
 import pytest
 
 from tests.support.server import Server
+
+#: A whole distillation in seconds, and one that the tiny model passes: high learning rate, no mercy.
+TINY_PRESET = """
+teacher: {model: "engine:", max_tokens: 8, max_prompt_tokens: 256}
+data: {targets: feedback, eval_share: 0.3}
+training: {slots: 16, learning_rate: 0.3, clip_norm: 10.0, warmup_steps: 2, max_steps: 24, rows: 8, max_tokens: 64,
+           evaluate_every: 4, save_every: 12}
+gate: {min_rows: 3, max_rows: 12}
+"""
 
 CHROMIUM = os.environ.get("OLYMPUS_TEST_CHROMIUM", "/usr/bin/chromium")
 FLAGS = (
@@ -63,6 +73,38 @@ def server(smollm2: object, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture(scope="session")
+def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
+    """The same server with a tiny random model, for pages that need a whole distillation; words alone are searched."""
+    from tests.support.tiny_model import save_tiny_model
+
+    folder = tmp_path_factory.mktemp("tiny")
+    preset = folder / "tiny.yaml"
+    preset.write_text(TINY_PRESET)
+    environ = {
+        "OLYMPUS_MODEL__NAME": str(save_tiny_model(folder / "tiny-llama")),
+        "OLYMPUS_MODEL__THREADS": "1",
+        "OLYMPUS_MEMORY__EPISODIC__EMBEDDING": "none",
+        "OLYMPUS_KERNELS__SPAWN_DEFAULT": "false",
+        "OLYMPUS_DISTILLATION__PRESET": str(preset),
+    }
+    running = Dashboard(folder / "data", environ)
+    try:
+        running.wait_ready(READY_WITHIN)
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="session")
+def axe(skip_or_fail: Callable[[str], NoReturn]) -> str:
+    """The source of axe-core, which looks for barriers in a page."""
+    found = importlib.util.find_spec("axe_playwright_python")
+    if found is None or found.origin is None:
+        skip_or_fail("axe-core is not installed (axe-playwright-python)")
+    return (Path(found.origin).parent / "axe.min.js").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
 def browser(skip_or_fail: Callable[[str], NoReturn]) -> Iterator[Any]:
     """One Chromium with an empty profile; every test gets its own context from `page`."""
     if not Path(CHROMIUM).exists():
@@ -104,6 +146,27 @@ class Watched:
 
     def until_live(self) -> None:
         self.until("document.getElementById('live-badge').dataset.state === 'live'")
+
+    def check_frame(self, width: int) -> None:
+        """Nothing is wider than the window, and whatever is pressed is at least 24 x 24 px (WCAG 2.2, 2.5.8)."""
+        assert self.page.evaluate("document.documentElement.scrollWidth") <= width
+        small = self.page.evaluate(
+            """() => [...document.querySelectorAll('button, input, select, textarea, summary, nav a')]
+              .map((e) => [e, e.getBoundingClientRect()])
+              .filter(([e, r]) => r.width > 0 && r.height > 0 && (r.width < 24 || r.height < 24) && e.type !== 'radio')
+              .map(([e, r]) => `${e.tagName} ${e.id || e.textContent.trim()} ${r.width}x${r.height}`)"""
+        )
+        assert small == []
+
+    def check_barriers(self, axe: str) -> None:
+        """No serious or critical violation of WCAG 2.2 AA that axe-core can see."""
+        self.page.evaluate(axe)
+        found = self.page.evaluate(
+            """() => axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21aa', 'wcag22aa', 'best-practice']})
+              .then(({violations}) => violations.filter((v) => ['serious', 'critical'].includes(v.impact))
+                .map((v) => `${v.id}: ${v.help}: ${v.nodes.slice(0, 3).map((n) => n.html).join(' | ')}`))"""
+        )
+        assert found == []
 
     def _request(self, request: Any) -> None:
         if not request.url.startswith((self.server.url + "/", "data:", "blob:")):

@@ -1,0 +1,207 @@
+/* One distillation run: stages, progress, verdict with the table of arms, the loss; and the triggers of the next one. */
+
+import { byId, h, replace, s } from "./dom.js";
+import { ago, decimal, duration, integer, isNumber, measured, missing, percent } from "./format.js";
+import { badge } from "./cartridge_view.js";
+import { StepChart } from "./chart.js";
+import { sentence } from "./convergence.js";
+
+export const OPEN = ["queued", "running", "cancelling"];
+const STAGES = ["dataset", "initial prefix", "training", "gate"];
+const STAGE_TEXT = { dataset: "Make questions", "initial prefix": "First values", training: "Train", gate: "Examine" };
+const ARMS = { cartridge: "This cartridge", long_prompt: "The long prompt", memoryless: "No memory", serving: "What served then" };
+const RIVALS = { long_prompt: "the long prompt", memoryless: "no memory", serving: "what served then" };
+const TABLE_ROWS = 50;
+const MARKS = { true: "M2 7.5l3.5 3.5L12 3.5", false: "M3 3l8 8M11 3l-8 8", null: "M3 7h8" };
+
+const chart = new StepChart(byId("run-chart"), {
+  height: 240,
+  sync: "run",
+  series: [
+    { label: "Training", token: "--chart-train", width: 1.25 },
+    { label: "Held out", token: "--chart-holdout", width: 2.5, points: true },
+  ],
+  range: (_, low, high) => {
+    if (!isNumber(low) || !isNumber(high)) return [0, 1];
+    const space = Math.max(0.05, 0.06 * (high - low));
+    return [Math.max(0, low - space), high + space];
+  },
+});
+
+function mark(value, word) {
+  return s("svg", { class: "condition-mark", viewBox: "0 0 14 14", role: "img", "aria-label": word, "data-met": String(value) }, s("path", { d: MARKS[String(value)] }));
+}
+
+// -- where it stands ---------------------------------------------------------------------------------------------
+
+/** Show `run` (or that there is none). */
+export function renderRun(run, metrics) {
+  byId("run-body").hidden = !run;
+  byId("run-none").hidden = Boolean(run);
+  byId("run-cancel").hidden = !run || !["queued", "running"].includes(run.state);
+  replace(byId("run-state"), run?.state ?? null, () => (run ? badge(run.state) : null));
+  if (!run) return;
+  replace(byId("run-about"), [run.id, run.trigger, run.created_at], () => [`${run.id}, ${run.trigger === "manual" ? "started by hand" : `started by the trigger ${run.trigger}`}, `, ago(run.created_at)]);
+  renderStages(run);
+  renderProgress(run);
+  renderVerdict(run);
+  renderLoss(run, metrics);
+}
+
+function renderStages(run) {
+  const { stage } = run.progress;
+  const whole = ["promoted", "rejected"].includes(run.state);
+  const place = STAGES.indexOf(stage);
+  const items = STAGES.map((name, index) => ({ name, is: whole || index < place ? "done" : index === place ? (OPEN.includes(run.state) ? "current" : "ended") : "todo" }));
+  const words = { done: "done", current: "now", ended: "ended here", todo: "to come" };
+  replace(byId("run-stages"), items, () => items.map(({ name, is }) =>
+    h("li", { dataset: { is }, "aria-current": is === "current" ? "step" : null }, h("span", { class: "stage-name" }, STAGE_TEXT[name]), h("span", { class: "stage-is" }, words[is]))));
+}
+
+function renderProgress(run) {
+  const meter = byId("run-meter");
+  const { fraction, detail, eta_s: eta, stage } = run.progress;
+  const share = Math.round(100 * (fraction ?? 0));
+  meter.hidden = !OPEN.includes(run.state);
+  meter.setAttribute("aria-valuenow", String(share));
+  meter.firstElementChild.style.width = `${share}%`;
+  const rest = stage === "training" && isNumber(eta) ? `about ${duration(eta)} of training left` : "";
+  const waiting = run.state === "queued" ? "Waiting for its turn: one run is worked on at a time" : "";
+  const cancelling = run.state === "cancelling" ? "Ends at its next step" : "";
+  byId("run-detail").textContent = OPEN.includes(run.state) ? [`${share} %`, waiting || cancelling || detail, rest].filter(Boolean).join(", ") : spent(run);
+}
+
+function spent(run) {
+  const data = run.progress.data;
+  return [
+    isNumber(run.finished_at) ? `Took ${duration(run.finished_at - run.created_at)}.` : "",
+    data ? `${integer(data.train_rows)} questions to learn from, ${integer(data.eval_rows)} held out.` : "",
+    data?.redactions && Object.keys(data.redactions).length > 0 ? `Left out: ${Object.entries(data.redactions).map(([kind, count]) => `${integer(count)} × ${kind}`).join(", ")}.` : "",
+  ].filter(Boolean).join(" ");
+}
+
+// -- the verdict -------------------------------------------------------------------------------------------------
+
+const ENDINGS = {
+  promoted: (run) => `${run.progress.cartridge} passed and was put into service.`,
+  rejected: (run) => `${run.progress.cartridge} did not pass, so nothing changes.`,
+  skipped: () => "There was too little to learn from.",
+  failed: () => "It ended with an error.",
+  cancelled: () => "It was cancelled.",
+};
+
+function renderVerdict(run) {
+  const { verdict, evaluation, detail } = run.progress;
+  const ended = !OPEN.includes(run.state);
+  replace(byId("run-verdict"), [run.state, verdict, evaluation, run.error, ended ? detail : null], () => {
+    if (!ended) return null;
+    const tone = { promoted: "good", rejected: "warn", skipped: "warn", failed: "bad", cancelled: "" }[run.state];
+    const why = run.error ?? (verdict ? "" : detail);
+    return h("div", { class: "verdict stack" },
+      h("div", { class: "notice", dataset: { tone } }, h("p", {}, h("strong", {}, ENDINGS[run.state]?.(run) ?? run.state)), why ? h("p", {}, sentence(why)) : null,
+        verdict && verdict.comparisons.length === 0 ? h("p", {}, sentence(verdict.reason)) : null),
+      evaluation?.arms ? [armsTable(evaluation.arms), h("p", { class: "hint" }, "Nats: how much a right answer surprises it; less is better. Attended: the tokens and slots that each written token looks at.")] : null,
+      verdict?.comparisons?.length ? comparisons(verdict) : null);
+  });
+}
+
+function interval(value, format) {
+  return [h("span", { class: "value" }, format(value.mean)), value.low === value.high ? null : h("span", { class: "sub" }, `${format(value.low)} to ${format(value.high)}`)];
+}
+
+const COLUMNS = [
+  { metric: "exact", label: "Right answers", format: percent, why: "no question had a known answer" },
+  { metric: "ranked", label: "Ranked first", format: percent, why: "there were no candidates to rank" },
+  { metric: "nll", label: "Nats of the right one", format: (value) => decimal(value, 2), why: "no question had a known answer" },
+  { metric: "kl", label: "Nats from the long prompt", format: (value) => decimal(value, 3), why: "the teacher's distribution is not known" },
+];
+
+function armsTable(arms) {
+  const names = Object.keys(ARMS).filter((name) => arms[name]);
+  const columns = COLUMNS.filter(({ metric }) => ["exact", "nll"].includes(metric) || names.some((name) => arms[name][metric]));
+  const rows = arms[names[0]]?.exact?.rows ?? arms[names[0]]?.kl?.rows ?? null;
+  return h("div", { class: "table-scroll", role: "group", "aria-label": "Results by arm, table", tabindex: 0 },
+    h("table", { class: "data-table arms-table card-table" },
+      h("caption", { class: "visually-hidden" }, "Asked with each prompt"),
+      h("thead", {}, h("tr", {}, h("th", { scope: "col" }, isNumber(rows) ? `${integer(rows)} held-out questions` : "Asked with"), columns.map(({ label }) => h("th", { scope: "col", class: "num" }, label)), h("th", { scope: "col", class: "num" }, "Attended tokens"))),
+      h("tbody", {}, names.map((name) => h("tr", { dataset: { arm: name } }, h("th", { scope: "row" }, ARMS[name]),
+        columns.map(({ metric, label, format, why }) => h("td", { class: "num", "data-label": label }, arms[name][metric] ? interval(arms[name][metric], format) : missing(why, "not asked"))),
+        h("td", { class: "num", "data-label": "Attended tokens" }, measured(arms[name].attended, (value) => decimal(value, 0)), arms[name].slots > 0 ? h("span", { class: "sub" }, `${integer(arms[name].slots)} of them slots`) : null))))));
+}
+
+function comparisons(verdict) {
+  const shown = (item, value) => (["exact", "ranked"].includes(item.metric) ? percent(value) : `${decimal(value, 2)} nats`);
+  return h("details", { class: "twin", open: true }, h("summary", {}, "How the gate decided"),
+    h("p", { class: "hint gate-words" }, sentence(verdict.reason)),
+    h("ul", { class: "conditions" }, verdict.comparisons.map((item) => h("li", {},
+      mark(item.passed, item.passed ? "passed" : "not passed"),
+      h("span", {}, `${item.metric === "kl" || item.metric === "nll" ? "Cost" : "Right answers"} against ${RIVALS[item.rival] ?? item.rival}`),
+      h("span", { class: "condition-number" }, shown(item, item.candidate), h("span", { class: "hint" }, ` against ${shown(item, item.other)}`))))));
+}
+
+// -- the loss ----------------------------------------------------------------------------------------------------
+
+function renderLoss(run, metrics) {
+  const some = Boolean(metrics) && metrics.length > 0;
+  const early = !some && OPEN.includes(run.state);
+  byId("run-loss-title").hidden = !some && !early;
+  byId("run-chart").hidden = !some;
+  byId("run-twin").hidden = !some;
+  byId("run-wait").textContent = early ? "Nothing measured yet. It begins with the training." : "";
+  byId("run-summary").textContent = some ? lossWords(metrics) : "";
+  if (!some) return;
+  const columns = metrics.columns();
+  chart.setData(columns);
+  if (byId("run-twin").open) renderTwin(columns);
+}
+
+function lossWords(metrics) {
+  const found = metrics.heldOut();
+  if (!found) return "Nats per token of the teacher's answers. Nothing was held out.";
+  const { first, best } = found;
+  const less = first.value > 0 ? ` ${percent(Math.max(0, 1 - best.value / first.value))} less than the ${decimal(first.value)} at the beginning.` : "";
+  const ended = metrics.ended ? ` Training ended: ${metrics.ended}.` : "";
+  return `Nats per token of the answers. Best on what is held out: ${decimal(best.value)} at step ${integer(best.step)},${less || "."}${ended}`;
+}
+
+function renderTwin([steps, loss, heldOut]) {
+  const cell = (value) => h("td", { class: "num" }, isNumber(value) ? decimal(value, 4) : h("span", { class: "missing" }, "not at this step"));
+  const indices = steps.map((_, index) => index).slice(-TABLE_ROWS).reverse();
+  byId("run-table").replaceChildren(
+    h("thead", {}, h("tr", {}, ["Step", "Training", "Held out"].map((label) => h("th", { scope: "col", class: "num" }, label)))),
+    h("tbody", {}, indices.map((index) => h("tr", {}, h("th", { scope: "row", class: "num" }, integer(steps[index])), cell(loss[index]), cell(heldOut[index])))));
+}
+
+// -- the triggers ------------------------------------------------------------------------------------------------
+
+const TRIGGERS = {
+  stale: { name: "What it learned was deleted", format: () => "" },
+  tokens: { name: "Tokens since the last run", format: integer, of: integer },
+  episodes: { name: "Episodes since the last run", format: integer, of: integer },
+  elapsed: { name: "Time since the last run", format: duration, of: duration },
+  plateau: { name: "Scores no longer improve", format: (value) => decimal(value, 2), of: (value) => `gain below ${decimal(value, 2)}` },
+};
+
+/** `outlook`: the domain's entry of the schedule, or null; `schedule`: all of it. */
+export function renderTriggers(outlook, schedule) {
+  byId("triggers-sentence").textContent = outlook ? whatNext(outlook, schedule) : "Nothing has been lived through in this domain.";
+  replace(byId("triggers"), outlook?.triggers ?? null, () => (outlook?.triggers ?? []).map(triggerItem));
+}
+
+function whatNext(outlook, schedule) {
+  if (!schedule.automatic) return "Runs are started by hand only (distillation.automatic is false). This is what the triggers see:";
+  const when = isNumber(schedule.next_look) ? ` The triggers are looked at again in ${duration(Math.max(1, schedule.next_look - Date.now() / 1000))}.` : "";
+  if (outlook.situation.open_run) return "A run is under way; the triggers wait for its end.";
+  return `${sentence(outlook.would_start ? `${outlook.would_start} starts one: ${outlook.reason}` : outlook.reason)}${when}`;
+}
+
+function triggerItem({ name, fires, value, threshold, reason }) {
+  const known = TRIGGERS[name] ?? { name, format: decimal, of: decimal };
+  const off = threshold === null;
+  const number = off || !isNumber(value) ? "" : known.format(value);
+  return h("li", {},
+    mark(fires ? true : null, fires ? "fires" : off ? "switched off" : "waits"),
+    h("span", {}, known.name),
+    h("span", { class: "condition-number" }, number, off || !known.of || number === "" ? null : h("span", { class: "hint" }, name === "plateau" ? ` ${known.of(threshold)}` : ` of ${known.of(threshold)}`)),
+    h("span", { class: "why" }, sentence(reason)));
+}

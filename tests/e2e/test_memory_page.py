@@ -1,0 +1,207 @@
+"""The page of the memory in a real browser: search, browse, judge, correct, delete, files. A tiny model's server."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import Dashboard, Watched
+
+pytestmark = [pytest.mark.browser]
+
+PORTS = {"Athens": "Piraeus", "Rome": "Ostia", "Paris": "Le Havre", "Sparta": "Gytheio", "Corinth": "Lechaion"}
+SMALL_RUN = {
+    "training": {"max_steps": 2, "warmup_steps": 1, "evaluate_every": 2},
+    "data": {"eval_share": 0.2},
+    "gate": {"min_rows": 1},
+}
+
+
+@pytest.fixture
+def server(tiny_server: Dashboard) -> Dashboard:
+    return tiny_server
+
+
+@pytest.fixture(scope="session")
+def ports(tiny_server: Dashboard) -> dict[str, int]:
+    """Ids of the experiences of the domain ``ports``, by city; one answer is wrong, and a cartridge learned it all."""
+    known = {}
+    for city, port in PORTS.items():
+        action = "Antwerp" if city == "Rome" else port
+        body = {"domain": "ports", "observation": f"Which port lies next to {city}?", "action": action}
+        body |= {"session_id": "voyage", "feedback": "Correct!"}
+        known[city] = tiny_server.post("/olympus/history", body)["id"]
+    run = tiny_server.post("/olympus/distillation/runs", {"domain": "ports", "config": SMALL_RUN})
+    path = f"/olympus/distillation/runs/{run['id']}"
+    tiny_server.wait_until(lambda: "cartridge" in tiny_server.get(path)["progress"], 60, "a cartridge of ports")
+    tiny_server.wait_until(lambda: tiny_server.get(path)["finished_at"] is not None, 60, "the end of the run")
+    return known
+
+
+def _lines(page: Any) -> list[str]:
+    return [line.inner_text() for line in page.locator("#experiences .said").all()]
+
+
+def _results(page: Any, count: int) -> None:
+    page.locator("#browse-count").get_by_text(re.compile(f"^{count} found")).wait_for()
+
+
+def test_search_judge_correct_delete(watched: Watched, ports: dict[str, int]) -> None:
+    page = watched.open("/memory")
+    watched.until_live()
+    page.fill("#search-q", "which port is near Rome")
+    page.keyboard.press("Enter")
+    watched.until("/found, by words/.test(document.getElementById('browse-count').textContent)")
+    assert "Rome" in _lines(page)[0]
+    assert "best by words" in page.locator(".found-by").first.inner_text()
+    page.locator(".experience").first.click()
+    page.locator("#inspect-body .told-text").first.wait_for()
+    assert page.locator("#inspect-id").inner_text() == f"#{ports['Rome']}"
+    page.locator(".learners").get_by_text("ports_v0001").wait_for()
+    assert f"id={ports['Rome']}" in page.url
+
+    page.locator(".judge-form label", has_text="Bad").click()
+    page.fill("#judge-text", "Incorrect! The correct answer is Ostia.")
+    page.get_by_role("button", name="Save the judgement").click()
+    page.locator("#inspect-body .told-text", has_text="Incorrect!").wait_for()
+    told = watched.server.get(f"/olympus/history/{ports['Rome']}")
+    assert (told["score"], told["feedback"]) == (-1, "Incorrect! The correct answer is Ostia.")
+
+    page.locator(".correct-box summary").click()
+    assert "ports_v0001 learned from it and becomes stale" in page.locator(".correct-box .hint").inner_text()
+    page.get_by_role("button", name="Put it right").click()
+    page.get_by_text("Nothing is different yet.").wait_for()
+    page.fill("#correct-action", "Ostia")
+    page.get_by_role("button", name="Put it right").click()
+    page.locator("#inspect-body .told-text", has_text="Ostia").first.wait_for()
+    page.locator("#inspect-body").get_by_text(f"#{ports['Rome']}, which was forgotten").wait_for()
+    page.get_by_text("ports_v0001 is stale now").wait_for()
+    assert watched.server.get("/olympus/cartridges/ports_v0001")["stale"]
+
+    new = int(page.locator("#inspect-id").inner_text().removeprefix("#"))
+    page.get_by_role("button", name="Delete").click()
+    assert "No cartridge learned from it" in page.locator("dialog[open]").inner_text()
+    page.locator("dialog[open]").get_by_role("button", name="Cancel").click()
+    assert watched.server.get(f"/olympus/history/{new}")["action"] == "Ostia"
+    page.get_by_role("button", name="Delete").click()
+    page.locator("dialog[open]").get_by_role("button", name="Delete").click()
+    page.get_by_text("It was deleted.").wait_for()
+    assert watched.server.json("GET", f"/olympus/history/{new}", 404)["code"] == "experience_not_found"
+    watched.until("![...document.querySelectorAll('#experiences .said')].some((e) => e.textContent.includes('Rome'))")
+
+
+def test_deleting_says_which_cartridges_become_stale(watched: Watched, ports: dict[str, int]) -> None:
+    page = watched.open(f"/memory?id={ports['Athens']}")
+    page.locator(".learners").get_by_text("ports_v0001").wait_for()
+    page.get_by_role("button", name="Delete").click()
+    said = page.locator("dialog[open]").inner_text()
+    assert re.search("learned from it and becomes? stale|are stale already", said)
+    page.keyboard.press("Escape")
+    watched.open("/memory?id=999999999")
+    page.get_by_text("#999999999 does not exist, or it was deleted.").wait_for()
+    watched.complaints[:] = [text for text in watched.complaints if "404" not in text]  # the browser's own line
+
+
+def test_browse_by_domain_and_page(watched: Watched) -> None:
+    numbers = range(40)
+    for number in numbers:
+        body = {
+            "domain": "numbers",
+            "observation": f"number {number}",
+            "action": "noted",
+            "session_id": f"s{number % 2}",
+        }
+        watched.server.post("/olympus/history", body)
+    page = watched.open("/memory")
+    watched.until("[...document.getElementById('search-domain').options].some((o) => o.value === 'numbers')")
+    page.select_option("#search-domain", "numbers")
+    page.locator("#browse-count").get_by_text("1 to 15 of 40").wait_for()
+    assert _lines(page)[0] == "number 39"
+    page.get_by_role("button", name="Older").click()
+    page.locator("#browse-count").get_by_text("16 to 30 of 40").wait_for()
+    page.get_by_role("button", name="Older").click()
+    page.locator("#browse-count").get_by_text("31 to 40 of 40").wait_for()
+    assert page.get_by_role("button", name="Older").is_disabled()
+    page.get_by_role("button", name="Newer").click()
+    page.locator("#browse-count").get_by_text("16 to 30 of 40").wait_for()
+    page.select_option("#search-session", "s1")
+    page.locator("#browse-count").get_by_text(re.compile("^1 to 15,")).wait_for()
+    assert all(int(line.split()[1]) % 2 == 1 for line in _lines(page))
+    assert "domain=numbers" in page.url
+    assert "session=s1" in page.url
+    page.reload()
+    page.locator("#browse-count").get_by_text(re.compile("^1 to 15,")).wait_for()
+    watched.until_live()
+    page.select_option("#search-session", "")
+    body = {"domain": "numbers", "observation": "number 40", "action": "noted"}
+    watched.server.post("/olympus/history", body)
+    watched.until("document.querySelector('#experiences .said').textContent === 'number 40'")  # by the stream alone
+
+
+def test_without_the_episodic_memory_it_says_so_and_browses(watched: Watched, ports: dict[str, int]) -> None:
+    problem = {"status": 409, "code": "memory_disabled", "detail": "the episodic memory is switched off"}
+    answer = {"status": 409, "content_type": "application/problem+json", "body": json.dumps(problem)}
+    watched.page.route("**/olympus/memory/*", lambda route: route.fulfill(**answer))
+    page = watched.open("/memory?domain=ports")
+    page.get_by_text("The search is switched off on this server").wait_for()
+    page.fill("#search-q", "Athens")
+    page.keyboard.press("Enter")
+    page.locator("#browse-notice").get_by_text("Search is switched off").wait_for()
+    assert len(_lines(page)) >= 3
+    watched.complaints[:] = [text for text in watched.complaints if "409" not in text]  # the browser's own line
+
+
+def test_out_as_a_file_and_in_again(watched: Watched, ports: dict[str, int], tmp_path: Path) -> None:
+    page = watched.open("/memory")
+    watched.until("[...document.getElementById('export-domain').options].some((o) => o.value === 'ports')")
+    page.select_option("#export-domain", "ports")
+    with page.expect_download() as download:
+        page.locator("#export-link").click()
+    file = tmp_path / "ports.jsonl"
+    download.value.save_as(file)
+    assert download.value.suggested_filename == "memory_ports.jsonl"
+    assert "Piraeus" in file.read_text()
+    file.write_text(file.read_text().replace("Sparta", "Mistras") + "not a line\n")
+    page.set_input_files("#import-file", str(file))
+    page.get_by_role("button", name="Import").click()
+    told = page.locator("#import-result")
+    told.get_by_text("1 experience was added").wait_for()
+    assert "known already" in told.inner_text()
+    assert "1 that cannot be used" in told.inner_text()
+    assert re.search(r"Line \d+: ", told.inner_text())
+    page.fill("#search-q", "Mistras")
+    page.keyboard.press("Enter")
+    watched.until("document.querySelector('#experiences .said')?.textContent.includes('Mistras')")
+
+
+def test_by_keyboard(watched: Watched, ports: dict[str, int]) -> None:
+    page = watched.open("/memory?domain=ports")
+    page.locator(".experience").first.wait_for()
+    page.focus("#search-q")
+    page.keyboard.type("Athens")
+    page.keyboard.press("Enter")
+    watched.until("document.getElementById('browse-count').textContent.includes('found')")
+    for _ in range(5):  # search, three filters, the first experience
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.locator("#inspect-body").wait_for()
+    watched.until("document.activeElement.id === 'inspector'")
+    assert page.locator(".experience[aria-pressed=true]").count() == 1
+
+
+@pytest.mark.parametrize("width", [360, 1440])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_frame_and_barriers(watched: Watched, ports: dict[str, int], axe: str, width: int, scheme: str) -> None:
+    page = watched.open(f"/memory?id={ports['Athens']}", width=width, scheme=scheme)
+    watched.until_live()
+    page.locator(".correct-box summary").click()
+    watched.check_frame(width)
+    watched.check_barriers(axe)
+    page.get_by_role("button", name="Delete").click()
+    page.wait_for_timeout(200)
+    watched.check_barriers(axe)
+    page.keyboard.press("Escape")
