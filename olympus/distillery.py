@@ -23,6 +23,7 @@ from apscheduler.schedulers.background import BackgroundScheduler
 
 from memory.distillation.config import DistillConfig, load_distill_config, make_distill_config, presets
 from memory.distillation.errors import DistillationError, DistillConfigError
+from memory.distillation.leftovers import remove_forgotten
 from memory.distillation.runs import Run, RunInProgress, RunNotFound, RunStore
 from memory.distillation.tally import Tally
 from memory.distillation.triggers import Situation, decide, judge
@@ -110,11 +111,12 @@ class Distillery:
     def _start(self, pipeline: Pipeline, count_tokens: Callable[[str], int] | None) -> None:
         if count_tokens is not None:
             self._tally = Tally(self._history, count_tokens)
+        self.forget()
         self._pipeline = pipeline
         self._worker = DistillationWorker(
             self.runs,
             self._run,
-            lambda _, data: self._publish(data),
+            lambda _, data: self._told(data),
             prepare_thread=lambda: self._prepare_thread(),
         )
         self._worker.start()
@@ -218,6 +220,10 @@ class Distillery:
         self._publish(run.to_json())
         return run.to_json()
 
+    def forget(self) -> list[str]:
+        """After something was forgotten: remove what ended runs wrote of it; the ids of those runs."""
+        return remove_forgotten(self.folder, self._history, self.runs.open_ids())
+
     def outlook(self, domain: str) -> dict[str, Any]:
         """Where every trigger of a domain stands, and what the schedule would do now; nothing is started."""
         config = self.config(domain)
@@ -313,6 +319,12 @@ class Distillery:
 
     def _prepare_thread(self) -> None:
         be_nice(self._settings.niceness)
+
+    def _told(self, data: dict[str, Any]) -> None:
+        """The worker's news."""
+        self._publish(data)
+        if data["finished_at"] is not None:  # something may have been forgotten while it was open
+            self.forget()
 
     def _publish(self, data: dict[str, Any]) -> None:
         where = f"{data['id']}:{data['state']}:{data['progress'].get('stage')}"  # each state and stage is told

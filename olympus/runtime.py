@@ -190,14 +190,19 @@ class Runtime:
     def correct(self, experience_id: int, *, actor: str, **fields: Any) -> Record | None:
         """Put a corrected experience in another one's place; ``History.correct`` says what ``fields`` may be."""
         corrected = correct_experience(self.history, self.workbench, experience_id, actor=actor, **fields)
-        self.cartridge_desk.refresh_stale(actor)
+        self._forgotten(actor)
         return corrected
 
     def forget(self, *, actor: str, **which: Any) -> int:
         """Delete experiences and what sessions keep of them; ``History.delete`` says what ``which`` may be."""
         count = forget_experiences(self.history, self.workbench, actor=actor, **which)
-        self.cartridge_desk.refresh_stale(actor)
+        self._forgotten(actor)
         return count
+
+    def _forgotten(self, actor: str) -> None:
+        """What was learned from the history knows of it now."""
+        self.cartridge_desk.refresh_stale(actor)
+        self.distillery.forget()
 
     def _take_data_directory(self, heartbeat: Callable[[], None]) -> None:
         """A predecessor of the same arbiter (a reload) may still drain: wait for it; anybody else is an error."""

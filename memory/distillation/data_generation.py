@@ -29,6 +29,7 @@ from memory.distillation.config import DistillConfig
 from memory.distillation.dataset import write_dataset
 from memory.distillation.errors import NothingToDistil, TeacherRefused, TeacherUnavailable
 from memory.distillation.journal import Journal, Outcome
+from memory.distillation.leftovers import DATASET, JOURNAL
 from memory.distillation.making import RowMaker, Task
 from memory.distillation.prompt_builder import Count, PromptBuilder, estimate_tokens
 from memory.distillation.redaction import Redactor
@@ -39,7 +40,7 @@ from memory.distillation.teaching import Refused, Stopped, Teacher
 from memory.history import Record
 from storage import files
 
-JOURNAL, DATASET, REPORT = "journal.jsonl", "dataset.parquet", "data_report.json"
+REPORT = "data_report.json"
 #: Refusals in a row, with no answer ever, after which the teacher is taken to refuse everything.
 _HOPELESS = 3
 _BATCH = 100  # outcomes without a teacher that are journalled at once

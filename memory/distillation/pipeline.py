@@ -37,6 +37,7 @@ from memory.distillation.errors import (
     NothingToDistil,
     ObservationTooLong,
 )
+from memory.distillation.leftovers import note_experiences
 from memory.distillation.prompt_builder import teacher_messages
 from memory.distillation.redaction import Redactor
 from memory.distillation.replay_env import split_of
@@ -111,6 +112,8 @@ class _Stages:
         if known is not None and known.state != "candidate":  # an earlier attempt ended after the decision
             return self._decided(known)
         records = self._records()
+        if self._config.checkpoint_dir is None:
+            note_experiences(self._folder, [record.id for record in records])
         try:
             rows = self._dataset(records)
         except NothingToDistil as reason:

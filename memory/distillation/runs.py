@@ -135,6 +135,12 @@ class RunStore:
         with self._database.read() as session:
             return [_run(row) for row in session.scalars(query)]
 
+    def open_ids(self) -> list[str]:
+        """The runs that have not ended."""
+        query = sa.select(DistillationRun.id).where(DistillationRun.state.in_(OPEN))
+        with self._database.read() as session:
+            return list(session.scalars(query))
+
     def newest(self, domain: str, *states: RunState) -> Run | None:
         """The domain's newest run, of these states where some are given."""
         query = sa.select(DistillationRun).where(DistillationRun.domain == domain)

@@ -11,7 +11,10 @@ import torch
 
 @contextlib.contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """torch's threads for this thread of Python; 0 changes nothing."""
+    """torch's threads for this thread of Python; 0 changes nothing.
+
+    Threads that have used torch before keep their number. Those that first use it within the block take this one.
+    """
     before = torch.get_num_threads()
     if count:
         torch.set_num_threads(count)

@@ -27,6 +27,7 @@ from tests.support.tiny_model import save_tiny_model
 
 WORDS = ("fox", "dog", "cat", "cow", "hen", "owl", "bee", "ant")
 LABELS = ("Paris", "Bern")
+LIVED = (b"owl 5 likes", b"fox 0 sees", b"owl 77 sees")
 #: Small, and with enough steps that the random model learns two labels.
 LEARNING: dict[str, Any] = {
     "training": {
@@ -260,6 +261,29 @@ def _short(runtime: Runtime, **more: Any) -> dict[str, Any]:
     return _ended(runtime, runtime.distillery.begin("zoo", preset="quick", overrides={**SHORT, **more})["id"])
 
 
+def _texts(runtime: Runtime, run_id: str) -> set[str]:
+    """Files of the run in which something stands that was lived through."""
+    folder = runtime.distillery.folder / run_id
+    return {path.name for path in folder.rglob("*") if path.is_file() and any(w in path.read_bytes() for w in LIVED)}
+
+
+def test_what_is_forgotten_goes_from_the_folders_of_runs(make: Callable[..., Runtime]) -> None:
+    runtime = make()
+    _live(runtime, 24)
+    kept, gone = _short(runtime)["id"], _short(runtime)["id"]
+    runtime.history.append([NewExperience("owl 77 sees", "Bern", domain="zoo", source="test", feedback="Correct!")])
+    late = _short(runtime)["id"]
+    assert _texts(runtime, late) == _texts(runtime, kept) == {"journal.jsonl", "dataset.parquet"}
+    runtime.forget(actor="test", experience_id=runtime.history.page(domain="zoo", limit=1)[0].id)
+    assert _texts(runtime, late) == set()
+    assert _texts(runtime, kept), "it never saw what was forgotten"
+    # A crash between forgetting and removing is made good at the next start.
+    runtime.history.delete(domain="zoo")
+    assert _texts(runtime, gone)
+    runtime.shutdown(10)
+    assert not _texts(make(), gone)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -302,6 +326,10 @@ def test_what_is_forgotten_while_it_is_learned_is_not_promoted(
     assert run["state"] == "failed"
     assert "was forgotten" in run["error"]
     assert [(row.state, row.stale) for row in runtime.cartridges.list("zoo")] == [("rejected", True)]
+    deadline = time.monotonic() + 10
+    while _texts(runtime, run["id"]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not _texts(runtime, run["id"])
 
 
 def test_who_was_quicker_than_the_gate_has_decided(

@@ -16,9 +16,10 @@ import pytest
 
 from lm.errors import InvalidCall, RequestRefused, Unavailable
 from memory.distillation.config import DistillConfig, make_distill_config
-from memory.distillation.data_generation import DATASET, JOURNAL, REPORT, DataProgress, DataReport, generate_dataset
+from memory.distillation.data_generation import REPORT, DataProgress, DataReport, generate_dataset
 from memory.distillation.dataset import read_dataset
 from memory.distillation.errors import JournalMismatch, NothingToDistil, TeacherRefused, TeacherUnavailable
+from memory.distillation.leftovers import DATASET, JOURNAL
 from memory.distillation.rows import Row
 from memory.history import Record
 from storage import files

@@ -8,8 +8,9 @@ import numpy as np
 
 from lm.engine_client import EngineClient
 from memory.distillation.config import make_distill_config
-from memory.distillation.data_generation import DATASET, generate_dataset
+from memory.distillation.data_generation import generate_dataset
 from memory.distillation.dataset import read_dataset
+from memory.distillation.leftovers import DATASET
 from tests.support.experiences import tagged
 from tests.support.tiny_model import save_tiny_model
 from workspace.engine import Engine
