@@ -35,7 +35,7 @@ from olympus.chat_workspace import Baseline, seeded
 from olympus.workbench import Workbench
 from settings import Settings
 from telemetry.hub import EventHub
-from workspace.errors import InvalidSampling
+from workspace.errors import InvalidPrompt, InvalidSampling, PromptTooLong
 
 if TYPE_CHECKING:  # torch is imported by whoever loads the model
     from workspace.engine import Engine
@@ -102,6 +102,8 @@ class ChatService:
             assert self._active >= len(self._keys_in_use)
 
     def _submit(self, engine: Engine, request: ChatRequest) -> Submitted:
+        if request.prompt is not None:
+            return self._submit_prompt(engine, request, request.prompt)
         template = str(engine.loaded.tokenizer.chat_template)
         messages: list[Mapping[str, Any]] = [_for_template(message, template) for message in request.messages]
         params = seeded(self._sampling(request), request.workspace)
@@ -131,6 +133,20 @@ class ChatService:
         except BaseException:
             steered.cancel()
             raise
+
+    def _submit_prompt(self, engine: Engine, request: ChatRequest, prompt: str | tuple[int, ...]) -> Submitted:
+        """A bare text: no chat template, no workspace, and no memory but the cartridges that it names."""
+        options: dict[str, Any] = {}
+        used: tuple[str, ...] = ()
+        if self._cartridges is not None and (found := self._cartridges.prefix(engine.loaded, request.cartridges)):
+            options["prefix"], used = found
+        ids = engine.encode(prompt, after_prefix=bool(options)) if isinstance(prompt, str) else prompt
+        try:
+            choices = _submit_choices(engine, request.n, ids, self._sampling(request), options)
+        except (PromptTooLong, InvalidPrompt) as error:
+            error.param = "prompt"
+            raise
+        return Submitted(choices, cartridges=used)
 
     def _sampling(self, request: ChatRequest) -> SamplingParams:
         from workspace.sampling import SamplingParams
@@ -178,7 +194,9 @@ class ChatService:
 
     def commit(self, run: ChatRun, finished: ChatFinished) -> int | None:
         """Write the exchange; returns its id, or None when there is nothing to remember."""
-        experience = None if run.request.unrecorded else to_experience(run.request, run.model, run.key, finished)
+        experience = (
+            None if run.request.unrecorded else to_experience(run.request, run.said, run.model, run.key, finished)
+        )
         if experience is None:
             return None
         if self._log_prompts:

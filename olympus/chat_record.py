@@ -15,11 +15,11 @@ from workspace.channels import ToolCall, ToolCallDelta
 
 
 def to_experience(
-    request: ChatRequest, model: ModelCard, key: str | None, finished: ChatFinished
+    request: ChatRequest, said: str, model: ModelCard, key: str | None, finished: ChatFinished
 ) -> NewExperience | None:
-    """The exchange as it is stored, or None when there is nothing to remember."""
+    """The exchange as it is stored, or None when there is nothing to remember. ``said``: what was asked, as a text."""
     cancelled = finished.finish_reason == "cancelled"
-    said, action = observation(request.messages), _storable(finished.text)
+    action = _storable(finished.text)
     if (cancelled and not action) or not (said or action):
         return None
     return NewExperience(
@@ -28,7 +28,7 @@ def to_experience(
         domain=finished.domain,
         source="chat",
         session_id=request.session_id,
-        messages=[dict(message) for message in request.messages],
+        messages=[dict(message) for message in request.messages] or None,
         meta=_meta(request, model, key, finished),
         # A retry of what was cut off shall be answered anew, so only a whole answer claims the key.
         request_id=None if cancelled else key,
@@ -79,6 +79,18 @@ def _told(place: int, choice: Choice) -> Delta:
     return Delta(choice.text, reasoning=choice.reasoning, tool_calls=calls, index=place)
 
 
+def said(request: ChatRequest, tokenizer: Any) -> str:
+    """What was asked, as a text: the last message, or the text to go on with."""
+    if request.prompt is None:
+        return observation(request.messages)
+    if isinstance(request.prompt, str):
+        return request.prompt
+    try:
+        return _storable(tokenizer.decode(list(request.prompt)))
+    except (OverflowError, TypeError):  # ids that no vocabulary has, which the engine refuses
+        return ""
+
+
 def observation(messages: tuple[Mapping[str, Any], ...]) -> str:
     """The last thing the user said; without a user, the last thing said."""
     spoken = [message for message in messages if message["role"] == "user"] or list(messages)
@@ -117,6 +129,8 @@ def _meta(request: ChatRequest, model: ModelCard, key: str | None, finished: Cha
         meta["cartridges"], meta["cartridge_slots"] = list(finished.cartridges), finished.cartridge_slots
     if finished.memory is not None:
         meta["memory"] = dict(finished.memory)
+    if request.prompt is not None:
+        meta["kind"] = "completion"
     if key is not None:
         meta["request_sha256"] = request.fingerprint()
     return meta

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from memory.history import Record
-from olympus.chat_record import from_record
+from olympus.chat_record import from_record, said
 from olympus.chat_types import (
     ChatFinished,
     ChatRequest,
@@ -69,6 +69,7 @@ class ChatRun:
         self.model = card
         self.domain = request.domain or service.default_domain
         self.key = key
+        self.said = said(request, engine.loaded.tokenizer)
         self.replayed = replay is not None
         self._service = service
         self._tokenizer = engine.loaded.tokenizer

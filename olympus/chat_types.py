@@ -79,7 +79,8 @@ class MemoryWish:
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """What a client wants. None means: as the settings say. ``messages`` hold plain text contents.
+    """What a client wants. None means: as the settings say. ``messages`` hold plain text contents; with a ``prompt``
+    (a text, or token ids) there are none: the model goes on with it as it is.
 
     ``reasoning_effort`` counts for models that know it; ``tools`` are OpenAI's objects. ``exact`` asks for every token
     with its id, the ending one included (``ChatFinished.steps``). ``unrecorded``: it becomes no experience. ``n``
@@ -87,6 +88,7 @@ class ChatRequest:
     """
 
     messages: tuple[Mapping[str, Any], ...]
+    prompt: str | tuple[int, ...] | None = None
     model: str | None = None
     max_tokens: int | None = None
     temperature: float | None = None
@@ -127,7 +129,7 @@ class ChatRequest:
 
 _YOUNGER = (
     "tools", "reasoning_effort", "workspace", "cartridges", "memory", "ignore_eos", "exact", "unrecorded", "n",
-    "logit_bias",
+    "logit_bias", "prompt",
 )  # fmt: skip
 
 

@@ -15,8 +15,9 @@ from pydantic_core import PydanticCustomError
 
 from olympus.chat_types import ChatRequest, MemoryWish, WorkspaceWish
 from olympus.requests import Name
-from web.body import ID_LIMIT, Body, Ignored, LogitBias, Session, Unsupported, only, stop_texts, without_nul
+from web.body import ID_LIMIT, Body, Ignored, Session, Unsupported, only, without_nul
 from web.cartridge_requests import CartridgeList, take_tags
+from web.sampling_body import SamplingBody
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -70,13 +71,6 @@ class Message(Body):
             if value is not None:
                 turn[key] = value
         return turn
-
-
-class StreamOptions(Body):
-    """Options of a stream."""
-
-    include_usage: bool | None = None
-    include_obfuscation: Ignored = None
 
 
 class WorkspaceBody(Body):
@@ -133,35 +127,18 @@ class OlympusOptions(Body):
     memory: Memory = None
 
 
-class ChatBody(Body):
+class ChatBody(SamplingBody):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=2000)]
-    model: Annotated[str, StringConstraints(max_length=256)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=ID_LIMIT)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=ID_LIMIT)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=1_000_000)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=ID_LIMIT)] | None = None
-    stop: Annotated[tuple[str, ...], BeforeValidator(stop_texts)] = ()
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    n: Annotated[int, Field(ge=1, le=8)] | None = None
-    logit_bias: LogitBias = None
     session: Session | None = None
     domain: Name | None = None
     workspace: Workspace = None
     cartridges: CartridgeList | None = None
     memory: Memory = None
-    logprobs_in_fingerprint: bool | None = None
-    ignore_eos: bool | None = None
     olympus: OlympusOptions | None = None
     response_format: Annotated[Any, only({"type": "text"})] = None
     modalities: Annotated[Any, only(["text"])] = None
@@ -173,9 +150,7 @@ class ChatBody(Body):
     prediction: Unsupported = None
     web_search_options: Unsupported = None
     moderation: Unsupported = None
-    user: Ignored = None
     metadata: Ignored = None
-    store: bool | None = None
     service_tier: Ignored = None
     reasoning_effort: Any = None  #: only some models know it: they judge the value, the others ignore it
     verbosity: Ignored = None
@@ -188,10 +163,6 @@ class ChatBody(Body):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> ChatBody:
-        if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError("value_error", "stream_options is only possible when stream is true")
-        if self.logprobs_in_fingerprint and self.stream:
-            raise PydanticCustomError("value_error", "logprobs_in_fingerprint is only possible without stream")
         inner = self.olympus or OlympusOptions()
         for name, one, other in (
             ("max_tokens and max_completion_tokens", self.max_tokens, self.max_completion_tokens),
@@ -205,11 +176,6 @@ class ChatBody(Body):
                 raise PydanticCustomError("value_error", "{name} differ; give one of them", {"name": name})
         return self
 
-    @property
-    def include_usage(self) -> bool:
-        """True when the stream shall end with a chunk that holds the usage."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
     def to_request(self, *, actor: str, idempotency_key: str | None) -> ChatRequest:
         """What the chat service takes."""
         inner = self.olympus or OlympusOptions()
@@ -218,29 +184,15 @@ class ChatBody(Body):
         messages, tagged = take_tags([message.to_template() for message in self.messages])
         named = tuple(item.to_wish() for item in self.cartridges or inner.cartridges or ())
         return ChatRequest(
+            **self.sampling()
+            | {"max_tokens": self.max_completion_tokens if self.max_tokens is None else self.max_tokens},
             messages=messages,
-            model=self.model,
-            max_tokens=self.max_completion_tokens if self.max_tokens is None else self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=None if self.top_k is None else max(0, self.top_k),  # -1 means off elsewhere
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            frequency_penalty=self.frequency_penalty,
-            presence_penalty=self.presence_penalty,
-            seed=self.seed,
-            stop=self.stop,
             logprobs=bool(self.logprobs),
             top_logprobs=self.top_logprobs or 0,
             reasoning_effort=None if self.reasoning_effort is None else str(self.reasoning_effort),
             workspace=None if wish is None else WorkspaceWish(**wish.model_dump()),
             cartridges=(*named, *tagged),
             memory=None if memory is None else MemoryWish(**memory.model_dump()),
-            n=self.n or 1,
-            logit_bias=tuple(sorted((self.logit_bias or {}).items())),
-            ignore_eos=bool(self.ignore_eos),
-            exact=bool(self.logprobs_in_fingerprint),
-            unrecorded=self.store is False,
             session_id=self.session or inner.session,
             domain=self.domain or inner.domain,
             idempotency_key=idempotency_key,

@@ -1,42 +1,21 @@
-"""The OpenAI API: models and chat completions, streamed and not.
-
-A view takes a slot, opens a chat, and passes on what it says; the exchange is in the history before the client is
-told that the answer has ended. A client that leaves, or a server that stops, ends the generation within one token.
-"""
+"""The OpenAI API: models, chat completions and completions. How an answer goes out is in ``answering.py``."""
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Iterator
-from typing import Any
-
-import structlog
-from flask import Blueprint, Response, jsonify, request
+from flask import Blueprint, jsonify
 from flask.typing import ResponseReturnValue
 
-from olympus.admission import Slot
-from olympus.chat_run import ChatRun
-from olympus.chat_types import ChatFinished, Delta, TokenInfo
-from olympus.errors import NotReady
-from web import sse
+from web.answering import answer
 from web.auth import requires
 from web.chat_schemas import ChatBody
-from web.context import principal, request_id, runtime
-from web.errors import ApiError, openai_error, problem_of
+from web.completion_schemas import CompletionBody
+from web.completion_wire import CompletionWire
+from web.context import runtime
+from web.errors import ApiError
 from web.jsonio import parse_body
-from web.openai_wire import Wire, by_choice, model_object
-
-log = structlog.get_logger(__name__)
+from web.openai_wire import Wire, model_object
 
 blueprint = Blueprint("openai", __name__, url_prefix="/v1")
-
-_TICK_SECONDS = 0.05  # how often a silent generation looks at the client and at the stop event
-_BATCH_SECONDS = 0.02  # one event per token freezes user interfaces
-_KEEP_ALIVE_SECONDS = 1.0
-_STOP_SECONDS = 3.0  # after which a stream ends even if the model is still in a step
-_LONGEST_KEY = 255
-_CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody reads it but the log
 
 
 @blueprint.get("/models")
@@ -63,148 +42,11 @@ def model(model_id: str) -> ResponseReturnValue:
 @requires("chat")
 def chat_completions() -> ResponseReturnValue:
     """Answer a conversation."""
-    return answer(parse_body(ChatBody))
+    return answer(parse_body(ChatBody), Wire)
 
 
-def answer(body: ChatBody) -> ResponseReturnValue:
-    """The answer to ``body``, streamed or not. Also for the routes of Tokasaurus."""
-    if runtime().stop_event.is_set():
-        raise NotReady("the server is stopping")
-    slot = runtime().admission.chat()
-    try:
-        wanted = body.to_request(actor=principal().id, idempotency_key=_idempotency_key())
-        exchange = _Exchange(runtime().chat.open(wanted), slot)
-    except BaseException:
-        slot.release()
-        raise
-    wire = Wire(exchange.run.model, int(time.time()), body.include_usage)
-    headers = {"Idempotent-Replayed": "true"} if exchange.run.replayed else {}
-    if not body.stream:
-        return _whole(exchange, wire, headers)
-    response = sse.response(_stream(exchange, wire), headers)
-    response.call_on_close(exchange.close)  # a stream that was never begun has no finally
-    return response
-
-
-def _idempotency_key() -> str | None:
-    key = request.headers.get("Idempotency-Key")
-    if key is not None and not 1 <= len(key) <= _LONGEST_KEY:
-        raise ApiError(400, "invalid_value", f"the Idempotency-Key must have 1 to {_LONGEST_KEY} characters")
-    return key
-
-
-class _Exchange:
-    """A chat, its slot, and what may end it early. Made in the request, used after it."""
-
-    def __init__(self, run: ChatRun, slot: Slot):
-        self.run = run
-        self._slot = slot
-        self._watch = sse.ClientWatch(request.environ)
-        self._stopping: threading.Event = runtime().stop_event
-        self._give_up: float | None = None
-        self._path, self._request_id = request.path, request_id()
-
-    def client_gone(self) -> bool:
-        """True once nobody waits for the answer."""
-        return self._watch.gone()
-
-    def stopped(self) -> bool:
-        """Ask for the end when the server stops; True when it did not come in time."""
-        if not self._stopping.is_set():
-            return False
-        if self._give_up is None:
-            self._give_up = time.monotonic() + _STOP_SECONDS
-            self.run.cancel()
-        return time.monotonic() > self._give_up
-
-    def error_object(self, error: Exception) -> dict[str, Any]:
-        """OpenAI's error object for what happened after the first byte."""
-        return openai_error(problem_of(error, self._path, self._request_id), self._request_id)
-
-    def close(self) -> None:
-        """End the chat and give the slot back; harmless when done before."""
-        try:
-            self.run.close()
-        finally:
-            self._slot.release()
-
-
-def _cut_off() -> NotReady:
-    return NotReady("the answer was cut off because the server is stopping; what was written is in the history")
-
-
-def _is_cut_off(finished: ChatFinished) -> bool:
-    return any(choice.finish_reason == "cancelled" for choice in finished.choices)
-
-
-def _whole(exchange: _Exchange, wire: Wire, headers: dict[str, str]) -> ResponseReturnValue:
-    deltas: list[Delta] = []
-    try:
-        for event in exchange.run.events(_TICK_SECONDS):
-            if isinstance(event, ChatFinished):
-                if _is_cut_off(event):
-                    raise _cut_off()
-                wanted = exchange.run.request
-                asked = wanted.logprobs and not wanted.exact and not event.replayed
-                response = jsonify(wire.completion(event, _tokens(deltas) if asked else None))
-                response.headers.update(headers)
-                return response
-            if event is not None:
-                deltas.append(event)
-            if exchange.client_gone():
-                return Response(status=_CLIENT_CLOSED_REQUEST)
-            if exchange.stopped():
-                raise _cut_off()
-    finally:
-        exchange.close()
-    raise AssertionError("a chat always ends with ChatFinished or an error")
-
-
-def _tokens(deltas: list[Delta]) -> dict[int, list[TokenInfo]]:
-    """The tokens of each choice."""
-    return {of_one[0].index: [token for delta in of_one for token in delta.tokens] for of_one in by_choice(deltas)}
-
-
-def _stream(exchange: _Exchange, wire: Wire) -> Iterator[str]:
-    try:
-        for chunk in wire.opening(exchange.run.request.n):
-            yield sse.event(chunk)
-        yield from _chunks(exchange, wire)
-    except Exception as error:
-        # The status line is long gone: the error becomes an event, which is what OpenAI's clients look for.
-        yield sse.event(exchange.error_object(error))
-    finally:
-        exchange.close()
-
-
-def _chunks(exchange: _Exchange, wire: Wire) -> Iterator[str]:
-    pending: list[Delta] = []
-    written = time.monotonic() - _BATCH_SECONDS  # the first text goes out at once
-    for event in exchange.run.events(_TICK_SECONDS):
-        if exchange.client_gone():
-            return
-        if isinstance(event, ChatFinished):
-            for chunk in wire.told(pending):
-                yield sse.event(chunk)
-            yield from _ending(event, wire)
-            return
-        if exchange.stopped():
-            raise _cut_off()
-        if event is not None:
-            pending.append(event)
-        now = time.monotonic()
-        if pending and now - written >= _BATCH_SECONDS:
-            for chunk in wire.told(pending):
-                yield sse.event(chunk)
-            pending, written = [], now
-        elif now - written >= _KEEP_ALIVE_SECONDS:
-            yield sse.KEEP_ALIVE
-            written = now
-
-
-def _ending(finished: ChatFinished, wire: Wire) -> Iterator[str]:
-    if _is_cut_off(finished):
-        raise _cut_off()
-    for chunk in wire.ending(finished):
-        yield sse.event(chunk)
-    yield "data: [DONE]\n\n"
+@blueprint.post("/completions")
+@requires("chat")
+def completions() -> ResponseReturnValue:
+    """Go on with a text."""
+    return answer(parse_body(CompletionBody), CompletionWire)

@@ -1,9 +1,9 @@
 """Tokasaurus' cartridge API: the same answers as ``/v1/chat/completions``, at the places where its clients ask.
 
 Its README says ``/v1/cartridge/chat/completions``, its code routes ``/custom/cartridge/chat/completions``: both are
-here. Requests and answers are those of ``web.openai``; cartridges, the packed fingerprint and the tag in a system
-message work on the plain route, too. Not here: ``/v1/cartridge/completions`` (this server completes no bare text),
-batches, whose answers are pickles, and cartridges from hubs.
+here, and ``completions`` likewise. Requests and answers are those of ``web.openai``; cartridges, the packed fingerprint
+and the tag in a system message work on the plain routes, too. Not here: batches, whose answers are pickles, and
+cartridges from hubs.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from __future__ import annotations
 from flask import Blueprint, jsonify
 from flask.typing import ResponseReturnValue
 
+from web.answering import answer
 from web.auth import requires
 from web.chat_schemas import ChatBody
+from web.completion_schemas import CompletionBody
+from web.completion_wire import CompletionWire
 from web.jsonio import parse_body
-from web.openai import answer
+from web.openai_wire import Wire
 
 blueprint = Blueprint("tokasaurus", __name__)
 
@@ -24,7 +27,15 @@ blueprint = Blueprint("tokasaurus", __name__)
 @requires("chat")
 def cartridge_chat_completions() -> ResponseReturnValue:
     """Answer a conversation with cartridges."""
-    return answer(parse_body(ChatBody))
+    return answer(parse_body(ChatBody), Wire)
+
+
+@blueprint.post("/v1/cartridge/completions")
+@blueprint.post("/custom/cartridge/completions")
+@requires("chat")
+def cartridge_completions() -> ResponseReturnValue:
+    """Go on with a text after cartridges."""
+    return answer(parse_body(CompletionBody), CompletionWire)
 
 
 @blueprint.get("/ping")

@@ -95,7 +95,7 @@ class InvalidPrompt(RequestError):
 class PromptTooLong(RequestError):
     """The prompt leaves no room for a single new token."""
 
-    param = "messages"
+    param: str | None = "messages"
 
     def __init__(self, prompt_tokens: int, context_length: int, cartridge_slots: int = 0):
         self.prompt_tokens, self.context_length = prompt_tokens, context_length

@@ -121,7 +121,7 @@ class Prompting:
         size = self._loaded.vocabulary_size
         outside = next((number for number in ids if not 0 <= number < size), None)
         if outside is not None:
-            raise InvalidPrompt(f"prompt: token id {outside} is outside the vocabulary of {size}")
+            raise InvalidPrompt(f"prompt: token id {outside} is outside the vocabulary of {size}", "prompt")
         if params.logit_bias and (token := max(params.logit_bias)[0]) >= size:
             raise InvalidSampling("logit_bias", f"token id {token} is outside the vocabulary of {size}")
         return tuple(ids), params
