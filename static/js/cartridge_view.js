@@ -34,7 +34,7 @@ export function servingRow(item, open) {
   const { domain, serving, run } = item;
   return h("tr", {},
     h("th", { scope: "row" }, h("a", { href: domainPath(domain), onclick: open, "aria-current": item.selected ? "true" : null }, domain),
-      h("span", { class: "sub" }, isNumber(item.experiences) ? `${integer(item.experiences)} ${item.experiences === 1 ? "experience" : "experiences"}` : "no experience left")),
+      h("span", { class: "sub" }, !isNumber(item.experiences) ? "" : item.experiences === 0 ? "no experience left" : `${integer(item.experiences)} ${item.experiences === 1 ? "experience" : "experiences"}`)),
     h("td", { class: "wide", "data-label": "Serves" }, serving ? [badge("serving", serving.id), serving.stale ? [" ", staleMark()] : null]
       : h("span", { class: "missing" }, item.candidates > 0 ? `nothing; ${integer(item.candidates)} waiting to be decided` : "nothing yet")),
     h("td", { class: "num", "data-label": "Slots" }, serving ? integer(serving.slots) : "–"),

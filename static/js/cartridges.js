@@ -73,8 +73,8 @@ function renderServing() {
   reconcile(body, items, (item) => item.domain, (item) => servingRow(item, openInPlace));
 }
 
-let counts = new Map(); // domain -> experiences
-const experiencesOf = (name) => counts.get(name) ?? null;
+let counts = null; // domain -> experiences, once they are known
+const experiencesOf = (name) => (counts === null ? null : counts.get(name) ?? 0);
 
 // -- the form ----------------------------------------------------------------------------------------------------
 
@@ -158,6 +158,7 @@ function sentenceOf(name, serving) {
 function renderDomainActions(serving) {
   const item = serving && lineageItem(serving, cartridges);
   replace(byId("domain-actions"), item && [item.id, item.rollbackTo, item.stale], () => (item ? [
+    h("a", { class: "button", dataset: { kind: "primary" }, href: `/chat?domain=${encodeURIComponent(item.domain)}&memory=1` }, "Chat with it"),
     item.rollbackTo ? h("button", { class: "button", type: "button", onclick: () => act("rollback", item) }, "Roll back") : null,
     h("button", { class: "button", type: "button", dataset: { kind: "danger" }, onclick: () => act("retire", item) }, "Retire"),
   ] : []));
@@ -219,6 +220,9 @@ async function act(name, item) {
     toast(`${item.id}: ${error.message}`, "bad");
   }
   await refresh();
+  if (document.activeElement !== document.body) return; // the button that had the focus may be gone
+  const row = [...byId("lineage-table").tBodies[0].rows].find((one) => one.dataset.key === item.id);
+  (row?.querySelector("button") ?? byId("lineage-table").parentElement).focus({ preventScroll: true });
 }
 
 byId("run-cancel").addEventListener("click", async () => {

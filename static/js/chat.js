@@ -8,6 +8,7 @@ import { live, readStatus, throttle } from "./shell.js";
 import { measurements, Turn } from "./turns.js";
 
 const DRAFT_KEYS = ["domain", "temperature", "max-tokens", "system"];
+const MEMORY_KEY = "olympus-chat-memory";
 const HISTORY_LIMIT = 200;
 const NEAR_BOTTOM = 80;
 
@@ -23,6 +24,7 @@ let model = null;
 // -- parameters --------------------------------------------------------------------------------------------------
 
 function restoreParameters() {
+  takeFromAddress();
   for (const key of DRAFT_KEYS) {
     byId(key).value = sessionStorage.getItem(`olympus-chat-${key}`) ?? "";
     byId(key).addEventListener("input", () => {
@@ -30,6 +32,15 @@ function restoreParameters() {
       showBecomes();
     });
   }
+  byId("memory").checked = sessionStorage.getItem(MEMORY_KEY) === "yes";
+  byId("memory").addEventListener("change", () => sessionStorage.setItem(MEMORY_KEY, byId("memory").checked ? "yes" : "no"));
+}
+
+/** Other pages lead here with a domain, and with its memory switched on. */
+function takeFromAddress() {
+  const query = new URLSearchParams(location.search);
+  if (query.has("domain")) sessionStorage.setItem("olympus-chat-domain", query.get("domain"));
+  if (query.has("memory")) sessionStorage.setItem(MEMORY_KEY, "yes");
 }
 
 function domain() {
@@ -43,6 +54,7 @@ function requestBody(messages) {
   if (byId("temperature").value !== "") body.temperature = byId("temperature").valueAsNumber;
   if (byId("max-tokens").value !== "") body.max_tokens = byId("max-tokens").valueAsNumber;
   body.olympus = { session: session, domain: domain() };
+  if (byId("memory").checked) body.olympus.memory = true;
   return body;
 }
 

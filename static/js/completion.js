@@ -4,11 +4,11 @@ import { ApiError, errorFrom, signIn } from "./api.js";
 import { readEvents } from "./sse.js";
 
 /** Stream an answer. Calls `onText(delta)` for each piece and resolves to
-    {finishReason, tokens, seconds, firstTokenSeconds, experienceId, domain, endedBy}.
+    {finishReason, tokens, seconds, firstTokenSeconds, experienceId, domain, endedBy, memory}.
     Rejects with ApiError, or with an AbortError when `signal` was aborted. */
 export async function complete(body, { signal, onText }) {
   const begun = performance.now();
-  const result = { finishReason: null, tokens: null, seconds: 0, firstTokenSeconds: null, experienceId: null, domain: null, endedBy: null };
+  const result = { finishReason: null, tokens: null, seconds: 0, firstTokenSeconds: null, experienceId: null, domain: null, endedBy: null, memory: null };
   const response = await open(body, signal);
   for await (const message of readEvents(response.body)) {
     if (message.data === null || message.data === undefined) continue;
@@ -26,6 +26,7 @@ export async function complete(body, { signal, onText }) {
       result.experienceId = chunk.olympus.experience_id;
       result.domain = chunk.olympus.domain;
       result.endedBy = chunk.olympus.ended_by;
+      result.memory = chunk.olympus.memory ?? null;
     }
   }
   if (signal.aborted) throw new DOMException("stopped", "AbortError");

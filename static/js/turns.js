@@ -102,6 +102,7 @@ export function measurements(result) {
   if (result.tokens > 1 && writing > 0) facts.push(`${((result.tokens - 1) / writing).toFixed(1)} tokens/s`);
   if (result.firstTokenSeconds !== null) facts.push(`first token after ${duration(result.firstTokenSeconds)}`);
   if (result.tokens !== null) facts.push(`${result.tokens} ${result.tokens === 1 ? "token" : "tokens"}`);
+  if (result.memory) facts.push(result.memory.cartridge ? `remembered with ${result.memory.cartridge}` : `without memory: ${result.memory.reason}`);
   if (result.endedBy === "timeout") facts.push("cut: it took longer than this server allows");
   else if (result.finishReason === "length") facts.push("cut at the longest answer allowed");
   return facts;

@@ -99,12 +99,15 @@ def test_distil_watch_and_ask(watched: Watched) -> None:
     assert "and 16 slots" in with_it.inner_text()
     assert "slots" not in without.inner_text()
     assert with_it.locator(".try-text").inner_text() != without.locator(".try-text").inner_text()
-    told = watched.server.json(
-        "POST",
-        "/v1/chat/completions",
-        json={"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "cartridges": [{"id": "support"}]},
-    )
-    assert told["olympus"]["cartridges"] == ["support_v0001"]
+
+    page.get_by_role("link", name="Chat with it").click()
+    page.locator(".parameters summary").click()
+    assert page.input_value("#domain") == "support"
+    assert page.is_checked("#memory")
+    page.fill("#max-tokens", "8")
+    page.fill("#prompt", "where is my letter?")
+    page.keyboard.press("Enter")
+    page.locator(".turn-foot").get_by_text("remembered with support_v0001").wait_for()
 
 
 def test_decisions_ask_first_and_are_told_live(watched: Watched, tmp_path: Path) -> None:
