@@ -111,7 +111,6 @@ class Distillery:
     def _start(self, pipeline: Pipeline, count_tokens: Callable[[str], int] | None) -> None:
         if count_tokens is not None:
             self._tally = Tally(self._history, count_tokens)
-        self.forget()
         self._pipeline = pipeline
         self._worker = DistillationWorker(
             self.runs,
@@ -319,6 +318,10 @@ class Distillery:
 
     def _prepare_thread(self) -> None:
         be_nice(self._settings.niceness)
+        try:
+            self.forget()  # what a crash, or a run that was open, left
+        except Exception:  # a database that is away for a moment; the runs must be worked on all the same
+            log.exception("what ended runs wrote of forgotten experiences could not be looked for")
 
     def _told(self, data: dict[str, Any]) -> None:
         """The worker's news."""

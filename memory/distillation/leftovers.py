@@ -26,7 +26,9 @@ _TEXTS = (JOURNAL, DATASET, "library_train.parquet", "library_eval.parquet")
 
 
 def note_experiences(folder: Path, ids: Sequence[int]) -> None:
-    """Write down of which experiences the texts in ``folder`` are."""
+    """Write down of which experiences the texts in ``folder`` will be; those of others, by now forgotten, go."""
+    if set(_ids(folder)) - set(ids):
+        remove_texts(folder)
     files.write_json(folder / EXPERIENCES, sorted(ids))
 
 

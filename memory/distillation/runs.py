@@ -78,7 +78,10 @@ class Run:
 
 
 class RunStore:
-    """See the module docstring. Safe to use from all threads and processes."""
+    """See the module docstring. Safe to use from all threads and processes.
+
+    Whatever changes a state is an ordered transaction: on PostgreSQL, too, it sees what the one before has decided.
+    """
 
     def __init__(self, database: Database, clock: Callable[[], float] = time.time):
         self._database = database
@@ -111,7 +114,7 @@ class RunStore:
 
     def cancel(self, run_id: str, actor: str = "local") -> Run:
         """Ask for the end: at once where it waits, at the next step where it runs. Raises ``RunError``."""
-        with self._database.write() as session:
+        with self._database.write(ordered=True) as session:
             row = _row(session, run_id)
             if row.state not in OPEN:
                 raise RunError(f"run {run_id} has ended ({row.state}); there is nothing to cancel")
@@ -196,7 +199,7 @@ class RunStore:
         """The run has ended as ``state``. Raises ``LeaseLost``."""
         if state in OPEN:
             raise ValueError(f"{state} is no end of a run")
-        with self._database.write() as session:
+        with self._database.write(ordered=True) as session:
             row = _row(session, run_id)
             self._check_lease(row, owner)
             self._end(row, state)
@@ -206,7 +209,7 @@ class RunStore:
 
     def hand_back(self, run_id: str, owner: str) -> None:
         """The process stops in an orderly way: the run waits for the next one, and this attempt does not count."""
-        with self._database.write() as session:
+        with self._database.write(ordered=True) as session:
             row = _row(session, run_id)
             self._check_lease(row, owner)
             if row.state == "cancelling":

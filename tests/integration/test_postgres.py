@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
+from memory.distillation import runs
+from memory.distillation.runs import RunError, RunStore
 from memory.history import History, NewExperience
 from memory.latent import LatentSessions
 from storage import migrate
@@ -94,3 +99,30 @@ def test_an_unreachable_server_is_a_clear_error() -> None:
     with pytest.raises(DatabaseUnavailable, match="cannot open the database"):
         migrate.current(database)
     database.close()
+
+
+def test_a_run_is_not_both_ended_and_cancelled(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = runs._row
+
+    def slow(session: Any, run_id: str) -> Any:
+        found = read(session, run_id)
+        time.sleep(0.2)  # between reading a state and changing it
+        return found
+
+    store = RunStore(database)
+    run_id = store.create("zoo", trigger="manual", config={}, cursor=0).id
+    assert store.claim("me") is not None
+    monkeypatch.setattr(runs, "_row", slow)
+
+    def cancel() -> None:
+        with contextlib.suppress(RunError):  # it was too late
+            store.cancel(run_id)
+
+    threads = [threading.Thread(target=cancel), threading.Thread(target=store.finish, args=(run_id, "me", "promoted"))]
+    threads[1].start()
+    time.sleep(0.05)
+    threads[0].start()
+    for thread in threads:
+        thread.join()
+    assert store.get(run_id).state == "promoted"
+    store.check_invariants()
