@@ -32,6 +32,7 @@ from memory.history import History
 from olympus.errors import InvalidAction, InvalidRequest, NotReady, OlympusError
 from olympus.query_gate import be_nice
 from settings import DistillationSettings
+from storage import files
 from storage.database import Database
 from telemetry.hub import EventHub
 
@@ -245,9 +246,7 @@ class Distillery:
         """The schedule and the outlook of every domain."""
         job = None if self._scheduler is None else self._scheduler.get_job("look")
         upcoming = None if job is None or job.next_run_time is None else job.next_run_time.timestamp()
-        domains = [self.outlook(domain) for domain in sorted(self._history.domains())]
-        for item in domains:
-            del item["config"]
+        domains = [self._outlook_or_problem(domain) for domain in sorted(self._history.domains())]
         return {
             "automatic": self._settings.automatic,
             "working": self._worker is not None,
@@ -255,6 +254,16 @@ class Distillery:
             "presets": presets(),
             "domains": domains,
         }
+
+    def _outlook_or_problem(self, domain: str) -> dict[str, Any]:
+        """One domain whose preset cannot be read must not hide the others."""
+        try:
+            told = self.outlook(domain)
+            del told["config"]
+        except InvalidRequest as error:
+            told = {"domain": domain, "would_start": None, "reason": str(error), "triggers": []}
+            told |= {"situation": None, "since_experience": None}
+        return told
 
     def look(self) -> list[str]:
         """Start what a trigger asks for; the ids of the new runs. Called by the schedule, harmless at any time."""
@@ -326,8 +335,11 @@ class Distillery:
     def _told(self, data: dict[str, Any]) -> None:
         """The worker's news."""
         self._publish(data)
-        if data["finished_at"] is not None:  # something may have been forgotten while it was open
-            self.forget()
+        if data["finished_at"] is not None:
+            self.forget()  # something may have been forgotten while it was open
+            state = self.folder / data["id"] / "state"  # moments of the optimizer: nobody goes on with an ended run
+            if state.is_dir():
+                files.remove_directory(state)
 
     def _publish(self, data: dict[str, Any]) -> None:
         where = f"{data['id']}:{data['state']}:{data['progress'].get('stage')}"  # each state and stage is told

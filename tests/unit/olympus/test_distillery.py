@@ -125,6 +125,9 @@ def test_from_experiences_to_a_serving_cartridge(make: Callable[..., Runtime]) -
     assert arms["cartridge"]["nll"]["mean"] < 0.85 * arms["memoryless"]["nll"]["mean"]
     assert arms["cartridge"]["attended"] < arms["long_prompt"]["attended"] / 4
     assert row.metrics["verdict"]["passed"] is True
+    folder = runtime.distillery.folder / run["id"]
+    assert (folder / "cache_last.pt").exists()
+    _until_gone(folder / "state")
     logged = runtime.distillery.metrics(run["id"], 0)
     assert [line["step"] for line in logged["metrics"] if "loss" in line and "learning_rate" in line][:3] == [1, 2, 3]
     assert runtime.distillery.metrics(run["id"], logged["next"])["metrics"] == []
@@ -255,6 +258,14 @@ SHORT: dict[str, Any] = {
     "training": {**LEARNING["training"], "max_steps": 2, "warmup_steps": 1},
     "gate": {"min_rows": 50},
 }
+
+
+def _until_gone(path: Path) -> None:
+    """What is only needed while a run goes on is removed soon after its end."""
+    deadline = time.monotonic() + 10
+    while path.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not path.exists()
 
 
 def _short(runtime: Runtime, **more: Any) -> dict[str, Any]:
@@ -445,6 +456,16 @@ def test_a_stale_cartridge_that_nothing_replaces_is_tried_once(make: Callable[..
     assert runtime.distillery.look() == [], "the same again would end in the same way"
     _live(runtime, 1)
     assert len(runtime.distillery.look()) == 1
+
+
+def test_a_preset_that_cannot_be_read_hides_no_other_domain(make: Callable[..., Runtime]) -> None:
+    runtime = make(domains={"zoo": "/nowhere.yaml"})
+    _live(runtime, 2)
+    _live(runtime, 2, "farm")
+    told = {item["domain"]: item for item in runtime.distillery.schedule()["domains"]}
+    assert "no configuration file '/nowhere.yaml'" in told["zoo"]["reason"]
+    assert told["farm"]["situation"]["experiences"] == 2
+    assert set(told["zoo"]) == set(told["farm"])
 
 
 def test_a_model_that_is_ready_too_late_starts_nothing(make: Callable[..., Runtime]) -> None:
