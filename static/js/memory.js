@@ -62,7 +62,7 @@ async function search() {
   items = told.results;
   nextBefore = null;
   if (!told.complete) notice("Older experiences are still being read, so more may be found in a moment.");
-  const how = told.meaning ? "by words and by meaning" : "by words alone; meaning is not available yet";
+  const how = told.meaning ? "by words and by meaning" : "by words alone";
   byId("browse-count").textContent = `${integer(items.length)} found, ${how}`;
   render("Nothing fits. Try other words, or another domain.");
 }
