@@ -28,6 +28,7 @@ from olympus.chat import ChatService
 from olympus.chat_cartridges import ChatCartridges
 from olympus.chat_memory import ChatMemory
 from olympus.distillery import Distillery
+from olympus.embeddings import Embeddings
 from olympus.errors import ModelNotReady
 from olympus.remembering import MemoryDisabled, make_memory
 from olympus.workbench import Workbench, correct_experience, forget_experiences, make_workbench
@@ -103,6 +104,7 @@ class Runtime:
             is_stale=self.cartridge_desk.is_stale,
         )
         self._memory = make_memory(settings, self.database, self.history, self._somebody_waits)
+        self.embeddings = Embeddings(settings.memory.episodic.embedding, settings.model.cache_dir, lambda: self.engine)
         self.workbench = Workbench(None, "no model is loaded")
         self._model_state = ModelState("loading" if settings.model.load else "disabled", settings.model.name)
         self._loader: threading.Thread | None = None

@@ -18,6 +18,7 @@ from web import (
     auth,
     cartridges,
     distillation,
+    embeddings,
     errors,
     headers,
     history,
@@ -63,7 +64,7 @@ def create_app(settings: Settings | None = None, runtime: Runtime | None = None)
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]
     _install(app, runtime)
     kept = (kernels, kernel_files, pantheon, history, history_files, memory, cartridges, distillation)
-    for module in (ops, openai, tokasaurus, *kept, stream, pages):
+    for module in (ops, openai, embeddings, tokasaurus, *kept, stream, pages):
         app.register_blueprint(module.blueprint)
     auth.check_every_view_is_guarded(app)
     return app

@@ -36,6 +36,11 @@ def model_object(card: ModelCard, created: int) -> dict[str, Any]:
     }
 
 
+def embedding_object(name: str, created: int) -> dict[str, Any]:
+    """An entry of ``GET /v1/models`` for a model that only embeds."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "olympus"}
+
+
 @dataclass(frozen=True, slots=True)
 class Wire:
     """What all objects of one answer have in common."""

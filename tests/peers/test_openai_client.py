@@ -108,7 +108,7 @@ def test_stop_strings_end_the_text_before_themselves(client: openai.OpenAI) -> N
 
 
 def test_models_are_listed(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == [MODEL]
+    assert [model.id for model in client.models.list()] == [MODEL, "all-minilm-l6-v2"]
     assert client.models.retrieve(MODEL).id == MODEL
 
 
