@@ -347,7 +347,7 @@ class _Stages:
         from memory.distillation.evaluation import question_of
 
         clean = [self._redactor.record(record) for record in records if not record.deleted]
-        replay = replay_environment(clean, self._config, self._count)
+        replay = replay_environment(clean, self._asking(), self._count)
         wanted = {str(row.metadata["content_key"]): row for row in held_out if row.type == "replay"}
         if gate.metric == "exact" and self._config.gate.metric == "auto":
             wanted = {key: row for key, row in wanted.items() if row.target == "feedback"}
@@ -365,6 +365,13 @@ class _Stages:
                     continue
                 found.append(question_of(wanted[sample.key], item.prompt.teacher_messages, candidates))
         return found
+
+    def _asking(self) -> DistillConfig:
+        """The configuration with prompts that the model itself can read; a teacher elsewhere may read longer ones."""
+        room = self._given.loaded.context_length - self._config.training.max_tokens
+        teacher = self._config.teacher
+        most = min(teacher.max_prompt_tokens, max(64, room))
+        return self._config.model_copy(update={"teacher": teacher.model_copy(update={"max_prompt_tokens": most})})
 
     def _give_way(self) -> None:
         self._check_stop()

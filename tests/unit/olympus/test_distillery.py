@@ -14,6 +14,7 @@ import yaml
 
 from memory.distillation import evaluation, initialisers, train_adapter
 from memory.distillation.answers import content_key
+from memory.distillation.pipeline import Surroundings
 from memory.distillation.replay_env import split_of
 from memory.distillation.runs import RunStore
 from memory.distillation.worker import Outcome
@@ -392,6 +393,18 @@ def test_an_observation_too_long_for_the_long_prompt_is_not_asked(make: Callable
     run = _short(runtime, teacher={"max_prompt_tokens": 100}, gate={"min_rows": 2})
     assert run["state"] in ("promoted", "rejected"), run["error"]
     assert run["progress"]["evaluation"]["questions"] == run["progress"]["data"]["eval_rows"] - 1
+
+
+def test_the_long_prompt_is_no_longer_than_the_model_can_read(
+    make: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = make()
+    _live(runtime)
+    small = replace(runtime.engine.loaded, context_length=300)
+    monkeypatch.setattr(Surroundings, "loaded", property(lambda _: small))
+    run = _short(runtime, gate={"min_rows": 2}, teacher={"max_prompt_tokens": 4096})
+    assert run["state"] in ("promoted", "rejected"), run["error"]
+    assert 150 < run["progress"]["evaluation"]["arms"]["long_prompt"]["prompt_tokens"] <= 300 - 64
 
 
 def test_answers_that_were_cut_off_are_not_learned(make: Callable[..., Runtime]) -> None:
