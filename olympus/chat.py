@@ -108,6 +108,8 @@ class ChatService:
         messages: list[Mapping[str, Any]] = [_for_template(message, template) for message in request.messages]
         params = seeded(self._sampling(request), request.workspace)
         options: dict[str, Any] = {"tools": request.tools or None, "reasoning_effort": request.reasoning_effort}
+        if request.json_schema is not None:
+            options["grammar"] = engine.grammars.json_schema(request.json_schema)
         used: tuple[str, ...] = ()
         if self._cartridges is not None and (found := self._cartridges.prefix(engine.loaded, request.cartridges)):
             options["prefix"], used = found  # its own until it ends, whatever is promoted meanwhile

@@ -85,6 +85,7 @@ class ChatRequest:
     ``reasoning_effort`` counts for models that know it; ``tools`` are OpenAI's objects. ``exact`` asks for every token
     with its id, the ending one included (``ChatFinished.steps``). ``unrecorded``: it becomes no experience. ``n``
     choices are answered, of which the first becomes the experience. ``logit_bias`` holds (token id, bias).
+    ``json_schema``: the answer shall be JSON that fits it.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -109,6 +110,7 @@ class ChatRequest:
     memory: MemoryWish | None = None
     n: int = 1
     logit_bias: tuple[tuple[int, float], ...] = ()
+    json_schema: Mapping[str, Any] | None = None
     ignore_eos: bool = False
     exact: bool = False
     unrecorded: bool = False
@@ -129,7 +131,7 @@ class ChatRequest:
 
 _YOUNGER = (
     "tools", "reasoning_effort", "workspace", "cartridges", "memory", "ignore_eos", "exact", "unrecorded", "n",
-    "logit_bias", "prompt",
+    "logit_bias", "prompt", "json_schema",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from olympus.chat_types import ChatRequest, MemoryWish, WorkspaceWish
 from olympus.requests import Name
 from web.body import ID_LIMIT, Body, Ignored, Session, Unsupported, only, without_nul
 from web.cartridge_requests import CartridgeList, take_tags
+from web.response_format import ResponseFormat
 from web.sampling_body import SamplingBody
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -140,7 +141,7 @@ class ChatBody(SamplingBody):
     cartridges: CartridgeList | None = None
     memory: Memory = None
     olympus: OlympusOptions | None = None
-    response_format: Annotated[Any, only({"type": "text"})] = None
+    response_format: ResponseFormat | None = None
     modalities: Annotated[Any, only(["text"])] = None
     tool_choice: Annotated[Any, only("none", "auto")] = None
     tools: Unsupported = None
@@ -187,6 +188,7 @@ class ChatBody(SamplingBody):
             **self.sampling()
             | {"max_tokens": self.max_completion_tokens if self.max_tokens is None else self.max_tokens},
             messages=messages,
+            json_schema=None if self.response_format is None else self.response_format.to_schema(),
             logprobs=bool(self.logprobs),
             top_logprobs=self.top_logprobs or 0,
             reasoning_effort=None if self.reasoning_effort is None else str(self.reasoning_effort),

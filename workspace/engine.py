@@ -17,11 +17,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workspace.errors import EngineBusy, EngineError, EngineStopped, PromptTooLong
+from workspace.errors import EngineBusy, EngineError, EngineStopped, InvalidSampling, PromptTooLong
 from workspace.forward import CompileOptions, Forward, StepContext
 from workspace.generation import Generation
 from workspace.harmony_output import choose_output
@@ -30,6 +30,9 @@ from workspace.prefix import KVPrefix, fit_prefix
 from workspace.prompting import Prompting
 from workspace.sampling import Sampler, SamplingParams
 from workspace.stepping import advance
+
+if TYPE_CHECKING:  # imported with the first grammar
+    from workspace.constraints import Grammar, Grammars
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +83,7 @@ class Engine:
         self._prefill_chunk = prefill_chunk
         self._forward = Forward(loaded, compiled)
         self._prompting = Prompting(loaded)
+        self._grammars: Grammars | None = None
         self._changed = threading.Condition()  # guards everything below
         self._waiting: deque[Generation] = deque()
         self._active: list[Generation] = []
@@ -133,6 +137,16 @@ class Engine:
 
     # Requests.
 
+    @property
+    def grammars(self) -> Grammars:
+        """Grammars for this model; made when first asked for, since most servers never are."""
+        with self._changed:
+            if self._grammars is None:
+                from workspace.constraints import Grammars
+
+                self._grammars = Grammars(self.loaded)
+            return self._grammars
+
     def render(
         self,
         messages: Sequence[Message],
@@ -160,14 +174,18 @@ class Engine:
         reasoning_effort: str | None = None,
         request_context: StepContext | None = None,
         prefix: KVPrefix | None = None,
+        grammar: Grammar | None = None,
     ) -> Generation:
         """Queue a request; ``prompt`` is token ids or messages. Returns at once.
 
         ``tools`` and ``reasoning_effort`` (of models that know it) go into the prompt with messages. ``prefix`` takes
         the first positions: the text starts after its slots, and messages are rendered without a beginning of sequence.
+        ``grammar``, one of ``grammars``, holds the answer to it.
         Generates at most ``params.max_tokens``, less where the context ends first (reason "length" either way).
         Raises ``PromptTooLong``, ``InvalidPrompt``, ``PrefixMismatch``, ``EngineBusy`` or ``EngineStopped``.
         """
+        if grammar is not None and params.ignore_eos:
+            raise InvalidSampling("ignore_eos", "not with a grammar, which says where the answer ends")
         if prefix is not None:
             prefix = fit_prefix(self.loaded, prefix)
         prompt_ids, params = self._prompting.prepare(
@@ -181,7 +199,7 @@ class Engine:
             prompt_ids,
             params,
             limit=min(params.max_tokens, room),
-            sampler=Sampler(params, prompt_ids),
+            sampler=Sampler(params, prompt_ids, None if grammar is None else grammar.start()),
             output=choose_output(self.loaded, prompt_ids, tools),
             context=request_context,
             prefix=prefix,

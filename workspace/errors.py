@@ -9,6 +9,8 @@ WorkspaceError
  |-- RequestError           this request cannot be served; another one can
  |    |-- InvalidSampling       a sampling parameter is out of range
  |    |-- InvalidPrompt         the messages or token ids cannot be turned into a prompt
+ |    |-- InvalidGrammar        the schema that an answer shall fit cannot be used
+ |    |-- UnsupportedGrammar    this model cannot be held to a grammar, or not to this one
  |    |-- PromptTooLong         the prompt leaves no room in the context
  |    |-- PrefixMismatch        a prefix of keys and values (a cartridge) is not of this model's shape
  |    `-- InvalidWorkspace      virtual tokens, deltas or layers do not fit the model or each other
@@ -90,6 +92,20 @@ class InvalidPrompt(RequestError):
     def __init__(self, message: str, param: str = "messages"):
         self.param = param
         super().__init__(message)
+
+
+class InvalidGrammar(RequestError):
+    """The schema that an answer shall fit cannot be used; the message names the keyword."""
+
+    def __init__(self, param: str, message: str):
+        self.param = param
+        super().__init__(f"{param}: {message}")
+
+
+class UnsupportedGrammar(RequestError):
+    """This model cannot be held to a grammar, or a grammar became too complex on the way."""
+
+    param = "response_format"
 
 
 class PromptTooLong(RequestError):

@@ -9,9 +9,11 @@ Definitions follow vLLM and the OpenAI API, in vLLM's order:
 4. ``min_p``: tokens with at least that share of the most probable token's probability (2407.01082);
 5. ``top_k``: the k most probable;
 6. ``top_p``: the smallest set of the most probable ones that holds that mass of what is left (1904.09751);
+   Where a grammar holds the answer (``constraints.py``), only its tokens are looked at, from step 3 on;
 7. draw by inverting the cumulative distribution with one uniform number.
 
-Log-probabilities are those of the unmodified model distribution: before biases, penalties, temperature and truncation.
+Log-probabilities are those of the unmodified model distribution: before biases, penalties, grammars,
+temperature and truncation.
 The global random generator is never used: equal seeds give equal tokens whatever else runs.
 """
 
@@ -21,10 +23,14 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from workspace.errors import InvalidSampling
+
+if TYPE_CHECKING:  # only generations that have one need its library
+    from workspace.constraints import Constraint
 
 MAX_TOP_LOGPROBS = 20
 MAX_BIAS = 100
@@ -118,8 +124,10 @@ class SampledToken:
 class Sampler:
     """Chooses one request's tokens; owns its random generator and its penalties' counts. Used by one thread."""
 
-    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int]):
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], constraint: Constraint | None = None):
         self.params = params
+        self._constraint = constraint
+        self._is_greatest = params.temperature == 0 and not params.changes_logits and constraint is None
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self._generator = torch.Generator().manual_seed(self.seed)
         self._prompt_ids = prompt_ids
@@ -132,7 +140,7 @@ class Sampler:
         Raises ``FloatingPointError`` when the model's logits are not numbers.
         """
         params = self.params
-        if params.temperature == 0 and not params.changes_logits:
+        if self._is_greatest:
             token = int(logits.argmax())
             if not math.isfinite(float(logits[token])):
                 raise FloatingPointError("the model's logits are not finite")
@@ -140,12 +148,16 @@ class Sampler:
             token = self._choose_from(logits.cpu())
         if self._history is not None:
             self._history.add(token)
+        if self._constraint is not None:
+            self._constraint.advance(token)
         if not params.logprobs:
             return SampledToken(token)
         return _with_logprobs(token, logits, params.top_logprobs)
 
     def _choose_from(self, logits: torch.Tensor) -> int:
         logits = self._penalise(logits)
+        if self._constraint is not None:
+            logits = self._constraint.mask(logits)
         greatest = float(logits.max())
         if not math.isfinite(greatest):
             raise FloatingPointError("the model's logits are not finite")

@@ -163,7 +163,7 @@ REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
     ({"logit_bias": {"50256": -100}}, "logit_bias", "token id 50256 is outside the vocabulary of 320"),
     ({"logit_bias": {"5": -101}}, "logit_bias[5]", "greater than or equal to -100"),
     ({"logit_bias": {"the": 1}}, "logit_bias", "must map token ids to numbers"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "supported yet"),
+    ({"response_format": {"type": "xml"}}, "response_format.type", "'json_object'"),
     ({"modalities": ["audio"]}, "modalities", "supported yet"),
     ({"audio": {"voice": "x"}}, "audio", "not supported yet"),
     ({"temperatur": 1}, "temperatur", "did you mean temperature?"),
