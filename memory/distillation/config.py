@@ -291,7 +291,7 @@ class DistillConfig(_Section):
     checkpoint_dir: Path | None = Field(
         None, description="Folder with memory_*.jsonl snapshots to distil instead of the domain's history."
     )
-    output_path: Path | None = Field(None, description="Run directory; without it a new one in the data directory.")
+    output_path: Path | None = Field(None, description="A folder that gets a copy of every run, named after the run.")
     system_prompt: str = Field("", description="What the student has as system message, in training and in service.")
     top_logprobs: int = Field(20, ge=1, le=100, description="Candidates that the teacher gives at each position.")
     top_mass: float = Field(0.99, gt=0, le=1, description="Of them, the likeliest are kept up to this probability.")

@@ -27,18 +27,19 @@ from memory.cartridges.registry import CartridgeRegistry
 from memory.cartridges.rows import CartridgeRow
 from memory.cartridges.shelf import CartridgeShelf
 from memory.distillation.answers import content_key, is_judged
-from memory.distillation.config import DistillConfig, GateConfig, make_distill_config
-from memory.distillation.data_generation import DataProgress, generate_dataset, replay_environment
+from memory.distillation.config import DistillConfig, make_distill_config
+from memory.distillation.data_generation import DataProgress, generate_dataset
 from memory.distillation.dataset import read_dataset
 from memory.distillation.errors import (
     CheckpointUnusable,
     DistillationError,
     JournalMismatch,
     NothingToDistil,
-    ObservationTooLong,
 )
+from memory.distillation.exporting import export_run
 from memory.distillation.leftovers import note_experiences
 from memory.distillation.prompt_builder import teacher_messages
+from memory.distillation.questions import gate_questions
 from memory.distillation.redaction import Redactor
 from memory.distillation.replay_env import split_of
 from memory.distillation.rows import Row
@@ -50,7 +51,6 @@ from storage import files
 if TYPE_CHECKING:  # torch is imported by whoever loads the model
     from lm.types import LanguageModel
     from memory.cartridges.cartridge import Cartridge
-    from memory.distillation.evaluation import Question
     from memory.distillation.gate import Verdict
     from memory.distillation.trainer import Progress, TrainingResult
     from workspace.engine import Engine
@@ -279,7 +279,7 @@ class _Stages:
         self._refuse_forgotten(row)
         numbers, verdict = self._measure(row, records, rows)
         self._check_stop()
-        metrics = {"evaluation": numbers, "verdict": verdict.numbers()}
+        metrics: dict[str, Any] = {"evaluation": numbers, "verdict": verdict.numbers()}
         files.write_json(self._folder / "gate.json", metrics)
         self._refuse_forgotten(row)
         try:
@@ -291,6 +291,8 @@ class _Stages:
             self._refuse_forgotten(row)
             return self._decided(registry.get(row.id))
         self._given.announce(row)
+        if exports := export_run(self._folder, self._config):
+            metrics["exports"] = exports
         outcome: RunState = "promoted" if verdict.passed else "rejected"
         return Outcome(outcome, {**told, **metrics, "fraction": 1.0, "detail": verdict.reason})
 
@@ -316,7 +318,15 @@ class _Stages:
 
         held_out = [item for item in rows if item.split == "eval"]
         gate = self._config.gate.decided(sum(item.target == "feedback" for item in held_out))
-        questions = self._questions(held_out, records, gate)
+        questions = gate_questions(
+            held_out,
+            records,
+            self._config,
+            gate,
+            redactor=self._redactor,
+            count=self._count,
+            context_length=self._given.loaded.context_length,
+        )
         if len(questions) < gate.min_rows:  # measuring too few would only cost time
             return {"questions": len(questions)}, too_few(len(questions), gate)
         serving = self._given.registry.serving(self._run.domain)
@@ -341,37 +351,6 @@ class _Stages:
             progress=progress,
         )
         return found.numbers(), judge(found, gate)
-
-    def _questions(self, held_out: Sequence[Row], records: Sequence[Record], gate: GateConfig) -> list[Question]:
-        """The held-out rows of replay as questions, each with the prompt that its teacher had."""
-        from memory.distillation.evaluation import question_of
-
-        clean = [self._redactor.record(record) for record in records if not record.deleted]
-        replay = replay_environment(clean, self._asking(), self._count)
-        wanted = {str(row.metadata["content_key"]): row for row in held_out if row.type == "replay"}
-        if gate.metric == "exact" and self._config.gate.metric == "auto":
-            wanted = {key: row for key, row in wanted.items() if row.target == "feedback"}
-        candidates: list[str] = []
-        if gate.metric == "ranked":
-            candidates = sorted({row.answer.content for row in wanted.values()})
-        chosen = sorted(wanted)[: gate.max_rows]  # keys are hashes: by chance, and the same in every attempt
-        found = []
-        for sample in replay.samples():
-            if sample.key in chosen:
-                chosen.remove(sample.key)
-                try:
-                    item = replay.item(sample)
-                except ObservationTooLong:  # it has no long prompt to be compared with
-                    continue
-                found.append(question_of(wanted[sample.key], item.prompt.teacher_messages, candidates))
-        return found
-
-    def _asking(self) -> DistillConfig:
-        """The configuration with prompts that the model itself can read; a teacher elsewhere may read longer ones."""
-        room = self._given.loaded.context_length - self._config.training.max_tokens
-        teacher = self._config.teacher
-        most = min(teacher.max_prompt_tokens, max(64, room))
-        return self._config.model_copy(update={"teacher": teacher.model_copy(update={"max_prompt_tokens": most})})
 
     def _give_way(self) -> None:
         self._check_stop()
