@@ -96,7 +96,8 @@ def capture(
         changes = {name: value for name, value in given.items() if value is not None}
         options = _validated(CaptureOptions, {**sections.get("capture", {}), **changes}, recipe)
         training = _validated(TrainingConfig, sections.get("training", {}), recipe)
-        with _steering(config, state, device, dtype, threads, layers=training.workspace.hooked_layers) as steering:
+        layers = training.workspace.hooked_layers
+        with _steering(config, state, device, dtype, threads, layers=layers, shipped=False) as steering:
             summary = run(steering, prompts, output, options, progress=_captured())
     typer.echo(
         f"{summary.manifest}: {summary.captured} texts captured, {summary.kept} were there; {summary.tokens:,} tokens, "
@@ -314,13 +315,18 @@ def _steering(
     dtype: str | None,
     threads: int,
     layers: tuple[int, ...] | None = None,
+    shipped: bool = True,
 ) -> Iterator[Steering]:
-    """The workspace of the settings beside their model."""
+    """The workspace of the settings beside their model; not ``shipped``: without the weights that come along."""
     from workspace.steering import Steering
 
     settings = _settings(config)
     _set_threads(threads)
-    changes: dict[str, Any] = {"state_path": state, "hooked_layers": layers}
+    changes: dict[str, Any] = {
+        "state_path": state,
+        "hooked_layers": layers,
+        "shipped_weights": None if shipped else False,
+    }
     wanted = settings.workspace.model_copy(update={name: value for name, value in changes.items() if value is not None})
     steering = Steering(_load(settings, device, dtype), wanted)
     try:

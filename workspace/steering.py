@@ -27,6 +27,7 @@ from workspace.modules import WorkspaceModules
 from workspace.projector import LayerKV, ModuleShape
 from workspace.recall import Recall, Recollection
 from workspace.run import WorkspaceRun
+from workspace.shipped import with_shipped_weights
 from workspace.state_files import read_manifest
 from workspace.steering_types import Toggles
 from workspace.virtual_kv import VirtualKVStore
@@ -57,6 +58,7 @@ class Steering:
         save: Save | None = None,
         recall: Recall | None = None,
     ):
+        config = with_shipped_weights(loaded, config)
         layers = _module_layers(loaded, config)
         hooked = layers if not config.chunk_size else hookable_layers(loaded.model.config)
         self.loaded = loaded

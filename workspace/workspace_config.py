@@ -168,7 +168,10 @@ class WorkspaceConfig(_Section):
     )
     inference_threads: int = Field(0, ge=0, le=256, description="Cores for a forward pass; 0: as model.threads.")
     log_virtual_kv_stats: bool = Field(False, description="Log norms of virtual keys and values at each broadcast.")
-    state_path: Path | None = Field(None, description="Directory of trained weights; none: heuristics only.")
+    state_path: Path | None = Field(None, description="Directory of trained weights; none: those that ship, if any.")
+    shipped_weights: bool = Field(
+        True, description="Use the trained weights that come with the program for this model; false: heuristics."
+    )
 
     retention: RetentionConfig = Field(default_factory=RetentionConfig)
     thresholds: ControllerConfig = Field(default_factory=ControllerConfig)

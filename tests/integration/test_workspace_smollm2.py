@@ -45,7 +45,7 @@ def steer(smollm2: LoadedModel) -> Iterator[Callable[..., Steering]]:
 
 
 def test_random_virtual_tokens_fail_the_guard(steer: Callable[..., Steering]) -> None:
-    report = guard(steer(), BRIEF, control="random")
+    report = guard(steer(shipped_weights=False), BRIEF, control="random")
     assert not report.passed, report.table()
     loss = next(change for change in report.changes if change.name == "loss")
     assert loss.change > 3 * loss.limit, report.table()
@@ -53,15 +53,24 @@ def test_random_virtual_tokens_fail_the_guard(steer: Callable[..., Steering]) ->
 
 def test_the_default_workspace_passes_the_guard(steer: Callable[..., Steering]) -> None:
     """Without weights its virtual tokens are at a bias of -16, which is off for every purpose."""
-    report = guard(steer(), BRIEF)
+    report = guard(steer(shipped_weights=False), BRIEF)
     assert report.passed, report.table()
 
 
-@pytest.mark.skipif(not (SHIPPED / "manifest.json").is_file(), reason="no weights but a correction of the window ship")
-def test_shipped_weights_pass_the_guard(steer: Callable[..., Steering]) -> None:
-    report = guard(steer(state_path=SHIPPED), BRIEF)
-    assert report.passed, report.table()
+def test_shipped_weights_serve_by_default(steer: Callable[..., Steering]) -> None:
+    """Six questions are too few for a verdict: here nothing may be worse than allowed beyond two standard errors."""
+    steering = steer()
+    assert steering.config.state_path == SHIPPED
+    assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 10_000_000
+    report = guard(steering, BRIEF)
+    assert all(change.change < change.limit + 2 * (change.error or 0) for change in report.changes), report.table()
     assert report.equal < BRIEF.questions, "weights that change nothing need not be shipped"
+
+
+@pytest.mark.slow
+def test_shipped_weights_pass_the_guard(steer: Callable[..., Steering]) -> None:
+    report = guard(steer(), FluencyOptions())
+    assert report.passed, report.table()
 
 
 @pytest.mark.slow
@@ -74,7 +83,7 @@ def test_training_lowers_the_loss_on_held_out_pages(steer: Callable[..., Steerin
     ]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    steering = steer()
+    steering = steer(shipped_weights=False)
     options = CaptureOptions(window=160, context=32, top_k=0, answer_stride=128)
     texts = read_capture(capture(steering, prompts, tmp_path / "capture", options).manifest)
     steering.close()
