@@ -69,9 +69,9 @@ def test_exports_are_told_and_break_nothing(tmp_path: Path) -> None:
     generate_dataset(tagged(8), make_distill_config({"data": {"targets": "feedback"}}), run)
     before = sorted(path.name for path in run.iterdir())
     told = export_run(run, config)
-    assert "dataset.parquet" in told["local"]
+    assert "data/dataset.parquet" in told["local"]
     listing = json.loads((tmp_path / "copies" / run.name / "files.json").read_text())
-    assert "dataset.parquet" in [item["name"] for item in listing]
+    assert "data/dataset.parquet" in [item["name"] for item in listing]
     assert told["hub"].startswith("failed: ")
     assert export_run(run, config)["local"].startswith("failed: "), "a copy is never overwritten"
     assert sorted(path.name for path in run.iterdir()) == before
