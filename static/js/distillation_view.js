@@ -126,7 +126,7 @@ function armsTable(arms) {
       h("thead", {}, h("tr", {}, h("th", { scope: "col" }, isNumber(rows) ? `${integer(rows)} held-out questions` : "Asked with"), columns.map(({ label }) => h("th", { scope: "col", class: "num" }, label)), h("th", { scope: "col", class: "num" }, "Attended tokens"))),
       h("tbody", {}, names.map((name) => h("tr", { dataset: { arm: name } }, h("th", { scope: "row" }, ARMS[name]),
         columns.map(({ metric, label, format, why }) => h("td", { class: "num", "data-label": label }, arms[name][metric] ? interval(arms[name][metric], format) : missing(why, "not asked"))),
-        h("td", { class: "num", "data-label": "Attended tokens" }, measured(arms[name].attended, (value) => decimal(value, 0)), arms[name].slots > 0 ? h("span", { class: "sub" }, `${integer(arms[name].slots)} of them slots`) : null))))));
+        h("td", { class: "num", "data-label": "Attended tokens" }, measured(arms[name].attended, (value) => decimal(value, 0)), arms[name].slots > 0 ? h("span", { class: "sub" }, `${integer(arms[name].slots)} slots`) : null))))));
 }
 
 function comparisons(verdict) {
@@ -159,9 +159,8 @@ function lossWords(metrics) {
   const found = metrics.heldOut();
   if (!found) return "Nats per token of the teacher's answers. Nothing was held out.";
   const { first, best } = found;
-  const less = first.value > 0 ? ` ${percent(Math.max(0, 1 - best.value / first.value))} less than the ${decimal(first.value)} at the beginning.` : "";
   const ended = metrics.ended ? ` Training ended: ${metrics.ended}.` : "";
-  return `Nats per token of the answers. Best on what is held out: ${decimal(best.value)} at step ${integer(best.step)},${less || "."}${ended}`;
+  return `Nats per token of the answers. Best on what is held out: ${decimal(best.value)} at step ${integer(best.step)}, against ${decimal(first.value)} before the first step.${ended}`;
 }
 
 function renderTwin([steps, loss, heldOut]) {
