@@ -141,8 +141,13 @@ def test_a_streamed_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with files.publish_file(final) as partial:
         partial.write_text("first")
         assert not final.exists()
-    with pytest.raises(RuntimeError, match="half way"), files.publish_file(final) as partial:
-        partial.write_text("sec")
-        raise RuntimeError("half way")
+
+    def interrupted() -> None:
+        with files.publish_file(final) as partial:
+            partial.write_text("sec")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        interrupted()
     assert final.read_text() == "first"
     assert list(final.parent.iterdir()) == [final]
