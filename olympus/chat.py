@@ -110,6 +110,13 @@ class ChatService:
         options: dict[str, Any] = {"tools": request.tools or None, "reasoning_effort": request.reasoning_effort}
         if request.json_schema is not None:
             options["grammar"] = engine.grammars.json_schema(request.json_schema)
+        if request.must_call:
+            from workspace.tool_grammar import call_grammar
+
+            several = not request.one_call and request.call_named is None
+            options["grammar"] = call_grammar(engine.grammars, request.tools, named=request.call_named, several=several)
+        if request.one_call:
+            options["one_call"] = True
         used: tuple[str, ...] = ()
         if self._cartridges is not None and (found := self._cartridges.prefix(engine.loaded, request.cartridges)):
             options["prefix"], used = found  # its own until it ends, whatever is promoted meanwhile

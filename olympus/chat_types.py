@@ -85,7 +85,8 @@ class ChatRequest:
     ``reasoning_effort`` counts for models that know it; ``tools`` are OpenAI's objects. ``exact`` asks for every token
     with its id, the ending one included (``ChatFinished.steps``). ``unrecorded``: it becomes no experience. ``n``
     choices are answered, of which the first becomes the experience. ``logit_bias`` holds (token id, bias).
-    ``json_schema``: the answer shall be JSON that fits it.
+    ``json_schema``: the answer shall be JSON that fits it. ``must_call``: it shall be a call of one of the ``tools``,
+    the one ``call_named`` if that is set; ``one_call``: it ends after the first call.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -111,6 +112,9 @@ class ChatRequest:
     n: int = 1
     logit_bias: tuple[tuple[int, float], ...] = ()
     json_schema: Mapping[str, Any] | None = None
+    must_call: bool = False
+    call_named: str | None = None
+    one_call: bool = False
     ignore_eos: bool = False
     exact: bool = False
     unrecorded: bool = False
@@ -132,6 +136,7 @@ class ChatRequest:
 _YOUNGER = (
     "tools", "reasoning_effort", "workspace", "cartridges", "memory", "ignore_eos", "exact", "unrecorded", "n",
     "logit_bias", "prompt", "json_schema",
+    "must_call", "call_named", "one_call",
 )  # fmt: skip
 
 

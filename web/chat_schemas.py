@@ -19,6 +19,7 @@ from web.body import ID_LIMIT, Body, Ignored, Session, Unsupported, only, withou
 from web.cartridge_requests import CartridgeList, take_tags
 from web.response_format import ResponseFormat
 from web.sampling_body import SamplingBody
+from web.tool_schemas import NamedTool, ToolBody, ToolCallBody, ToolChoice
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -49,7 +50,7 @@ class Message(Body):
     content: Content = None
     name: Annotated[str, StringConstraints(max_length=128)] | None = None
     tool_call_id: Annotated[str, StringConstraints(max_length=128)] | None = None
-    tool_calls: Unsupported = None
+    tool_calls: tuple[ToolCallBody, ...] | None = None
     function_call: Unsupported = None
     audio: Unsupported = None
     refusal: Ignored = None
@@ -64,13 +65,15 @@ class Message(Body):
         without_nul(self.content or "")
         return self
 
-    def to_template(self) -> dict[str, str]:
+    def to_template(self) -> dict[str, Any]:
         """The message as chat templates take it."""
-        turn: dict[str, str] = {"role": self.role, "content": self.content or ""}
+        turn: dict[str, Any] = {"role": self.role, "content": self.content or ""}
         for key in ("name", "tool_call_id"):
             value = getattr(self, key)
             if value is not None:
                 turn[key] = value
+        if self.tool_calls:
+            turn["tool_calls"] = [call.to_template() for call in self.tool_calls]
         return turn
 
 
@@ -143,8 +146,9 @@ class ChatBody(SamplingBody):
     olympus: OlympusOptions | None = None
     response_format: ResponseFormat | None = None
     modalities: Annotated[Any, only(["text"])] = None
-    tool_choice: Annotated[Any, only("none", "auto")] = None
-    tools: Unsupported = None
+    tools: Annotated[tuple[ToolBody, ...], Field(max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     functions: Unsupported = None
     function_call: Unsupported = None
     audio: Unsupported = None
@@ -155,7 +159,6 @@ class ChatBody(SamplingBody):
     service_tier: Ignored = None
     reasoning_effort: Any = None  #: only some models know it: they judge the value, the others ignore it
     verbosity: Ignored = None
-    parallel_tool_calls: Ignored = None
     prompt_cache_key: Ignored = None
     prompt_cache_options: Ignored = None
     prompt_cache_retention: Ignored = None
@@ -177,6 +180,36 @@ class ChatBody(SamplingBody):
                 raise PydanticCustomError("value_error", "{name} differ; give one of them", {"name": name})
         return self
 
+    @model_validator(mode="after")
+    def _can_call(self) -> ChatBody:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise PydanticCustomError("value_error", "tools: each function needs a name of its own")
+        if self.tool_choice == "required" and not names:
+            raise PydanticCustomError("value_error", "tool_choice 'required' needs tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            name = self.tool_choice.function.name
+            raise PydanticCustomError(
+                "value_error", "tool_choice names {name}, which is not among the tools", {"name": name}
+            )
+        shaped = self.response_format is not None and self.response_format.to_schema() is not None
+        if shaped and names and self.tool_choice != "none":
+            raise PydanticCustomError(
+                "value_error", "response_format and tools exclude each other; send one, or tool_choice 'none'"
+            )
+        return self
+
+    def _one_call(self) -> bool:
+        """Several calls unless they are not wanted; of forced ones only where they are."""
+        if not self.tools or self.tool_choice == "none":
+            return False
+        wanted = self.parallel_tool_calls
+        return (
+            wanted is False
+            or isinstance(self.tool_choice, NamedTool)
+            or (self.tool_choice == "required" and not wanted)
+        )
+
     def to_request(self, *, actor: str, idempotency_key: str | None) -> ChatRequest:
         """What the chat service takes."""
         inner = self.olympus or OlympusOptions()
@@ -189,6 +222,10 @@ class ChatBody(SamplingBody):
             | {"max_tokens": self.max_completion_tokens if self.max_tokens is None else self.max_tokens},
             messages=messages,
             json_schema=None if self.response_format is None else self.response_format.to_schema(),
+            tools=() if self.tool_choice == "none" else tuple(tool.to_template() for tool in self.tools or ()),
+            must_call=self.tool_choice not in (None, "none", "auto"),
+            call_named=self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None,
+            one_call=self._one_call(),
             logprobs=bool(self.logprobs),
             top_logprobs=self.top_logprobs or 0,
             reasoning_effort=None if self.reasoning_effort is None else str(self.reasoning_effort),

@@ -98,7 +98,7 @@ class Grammars:
                 self._compiled.move_to_end(text)
                 return found
             if self._tokenizer is None:
-                self._tokenizer = self._open()
+                self._tokenizer = self._open(param)
             tokenizer = self._tokenizer
         matcher = LLMatcher(tokenizer, text, log_level=0)
         if matcher.is_error():
@@ -116,15 +116,15 @@ class Grammars:
         with self._lock:
             assert len(self._compiled) <= _KEPT
 
-    def _open(self) -> LLTokenizer:
+    def _open(self, param: str) -> LLTokenizer:
         loaded = self._loaded
         if loaded.harmony is not None:
-            raise UnsupportedGrammar(f"{loaded.name} writes the Harmony format, which no grammar here describes")
+            raise UnsupportedGrammar(f"{loaded.name} writes the Harmony format, which no grammar here describes", param)
         try:
             ends = sorted(token for token in loaded.eos_ids if token < loaded.vocabulary_size)
             return from_tokenizer(loaded.tokenizer, n_vocab=loaded.vocabulary_size, eos_token=ends)
         except (ValueError, RuntimeError) as error:
-            raise UnsupportedGrammar(f"the tokenizer of {loaded.name} can follow no grammar: {error}") from error
+            raise UnsupportedGrammar(f"the tokenizer of {loaded.name} can follow no grammar: {error}", param) from error
 
 
 def json_text(value: Any) -> str:

@@ -175,12 +175,13 @@ class Engine:
         request_context: StepContext | None = None,
         prefix: KVPrefix | None = None,
         grammar: Grammar | None = None,
+        one_call: bool = False,
     ) -> Generation:
         """Queue a request; ``prompt`` is token ids or messages. Returns at once.
 
         ``tools`` and ``reasoning_effort`` (of models that know it) go into the prompt with messages. ``prefix`` takes
         the first positions: the text starts after its slots, and messages are rendered without a beginning of sequence.
-        ``grammar``, one of ``grammars``, holds the answer to it.
+        ``grammar``, one of ``grammars``, holds the answer to it. ``one_call`` ends it after the first call of a tool.
         Generates at most ``params.max_tokens``, less where the context ends first (reason "length" either way).
         Raises ``PromptTooLong``, ``InvalidPrompt``, ``PrefixMismatch``, ``EngineBusy`` or ``EngineStopped``.
         """
@@ -200,7 +201,7 @@ class Engine:
             params,
             limit=min(params.max_tokens, room),
             sampler=Sampler(params, prompt_ids, None if grammar is None else grammar.start()),
-            output=choose_output(self.loaded, prompt_ids, tools),
+            output=choose_output(self.loaded, prompt_ids, tools, one_call=one_call),
             context=request_context,
             prefix=prefix,
         )

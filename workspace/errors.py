@@ -105,7 +105,9 @@ class InvalidGrammar(RequestError):
 class UnsupportedGrammar(RequestError):
     """This model cannot be held to a grammar, or a grammar became too complex on the way."""
 
-    param = "response_format"
+    def __init__(self, message: str, param: str = "response_format"):
+        self.param = param
+        super().__init__(f"{param}: {message}")
 
 
 class PromptTooLong(RequestError):

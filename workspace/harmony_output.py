@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from workspace.channels import Channel, Output, OutputParser, PlainOutput, ToolCallDelta
 from workspace.harmony import CHANNELS, HarmonyParser, Header, Piece
 from workspace.harmony_tokens import HarmonyTokens
+from workspace.hermes_output import HermesOutput
 from workspace.text import IncrementalDetokenizer
 
 if TYPE_CHECKING:
@@ -144,9 +145,15 @@ class HarmonyOutput:
 
 
 def choose_output(
-    loaded: LoadedModel, prompt_ids: Sequence[int], tools: Sequence[Mapping[str, Any]] | None
+    loaded: LoadedModel,
+    prompt_ids: Sequence[int],
+    tools: Sequence[Mapping[str, Any]] | None,
+    *,
+    one_call: bool = False,
 ) -> OutputParser:
     """The parser for one generation of ``loaded``; ``tools`` are what the request offered."""
+    if loaded.harmony is None and tools:
+        return HermesOutput(loaded.tokenizer, prompt_ids, one_call=one_call)
     if loaded.harmony is None:
         return PlainOutput(loaded.tokenizer, prompt_ids)
     names = [str(tool.get("function", tool).get("name")) for tool in tools or ()]

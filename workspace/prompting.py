@@ -22,6 +22,7 @@ from workspace.errors import InvalidPrompt, InvalidSampling
 from workspace.harmony_prompt import check_effort, harmony_messages
 from workspace.models import LoadedModel
 from workspace.sampling import SamplingParams
+from workspace.tool_prompt import speaks_of_tools, with_tools
 
 
 class Prompting:
@@ -58,6 +59,8 @@ class Prompting:
         if self._loaded.harmony is not None:
             messages = harmony_messages(messages)
         try:
+            if self._loaded.harmony is None and speaks_of_tools(messages, tools):
+                messages, tools = with_tools(messages, tools, str(self._loaded.tokenizer.chat_template))
             with self._encoding:
                 ids = self._loaded.tokenizer.apply_chat_template(
                     [dict(message) for message in messages],

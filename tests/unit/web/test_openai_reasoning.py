@@ -144,7 +144,7 @@ def called(served: Runtime) -> tuple[list[Delta], ChatFinished]:
 
 
 def test_a_tool_call_in_openais_objects(served: Runtime, called: tuple[list[Delta], ChatFinished]) -> None:
-    """Requests with tools are refused by the API so far; what it will say about a call stands."""
+    """What the service says of a call, and what the wire makes of it."""
     deltas, finished = called
     wire = Wire(served.chat.model(), created=1)
     (choice,) = wire.completion(finished, None)["choices"]
