@@ -95,9 +95,11 @@ class TokasaurusClient:
         """The id of the one model it serves. Raises a ``LanguageModelError``."""
         if self._model is None:
             found = self._transport.get("/v1/models").get("data")
-            if not isinstance(found, list) or len(found) != 1 or not isinstance(found[0], dict):
+            rows = found if isinstance(found, list) else []
+            chat = [row for row in rows if isinstance(row, dict) and row.get("task") != "embedding"]
+            if len(chat) != 1:
                 raise InvalidResponse(f"{self.name} does not serve exactly one model; name the one that is meant")
-            self._model = str(found[0].get("id"))
+            self._model = str(chat[0].get("id"))
         return self._model
 
     def close(self) -> None:

