@@ -23,8 +23,10 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.serve
 serve: $(VENV)/.serve ## set up and run the server: dashboard and API on http://127.0.0.1:5000
 	exec $(BIN)/python app.py
 
+# Unit tests share nothing, so they run in two processes; servers, browsers and clocks want the machine for themselves.
 test: lint ## set up, check the style and pass the tests
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(PYTEST_ARGS) tests/unit
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS) tests/e2e tests/integration tests/peers tests/reliability
 
 test-all: lint ## everything, with the slow proofs
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -408,11 +408,16 @@ def test_asking_while_training_is_never_torn(make_world: MakeWorld, monkeypatch:
     monkeypatch.setattr(SnapshotShelf, "get", get)
     world = make_world(patience_evaluations=10_000, evaluate_every=2)
     kernel = world.tiny(experiences=tuple(facts(60)))
-    world.wait_for(kernel, "training", step=1)
-    for number in range(40):
+    begun = world.wait_for(kernel, "training", step=1)["step"]
+
+    def ask(number: int) -> None:
         which = "latest" if number % 2 else "best"
         world.zeus.query(kernel, QueryRequest(input="green light", candidates=("go", "stop"), checkpoint=which))
-    world.wait_for(kernel, "training", step=6)
+
+    for number in range(40):
+        ask(number)
+    world.wait_for(kernel, "training", step=begun + 6)
+    ask(1)  # the weights of now, should no question have fallen between two snapshots
     world.zeus.pause(kernel)
     assert len({snapshot.checksum for snapshot in seen}) > 1
     for snapshot in seen:

@@ -97,11 +97,19 @@ def _text_of(contents: list[object]) -> str:
     return "".join(str(getattr(content, "text", "")) for content in contents)
 
 
+_START_OF_TEXT = 199_998
+
+
 def clean(messages: list[Said]) -> bool:
     """False where openai-harmony hands control tokens on as text, which we never do."""
     texts = [str(value) for item in messages for value in (item.channel, item.recipient, item.text)]
     kinds = [(item.content_type or "").removeprefix("<|constrain|>") for item in messages]
     return not any("<|" in text for text in texts + kinds)
+
+
+def startles(answer: Parts) -> bool:
+    """True where a beginning of text stands in it: openai-harmony then takes a role for an unknown one, hence a tool."""
+    return _START_OF_TEXT in answer
 
 
 # What openai-harmony accepts.
@@ -256,7 +264,7 @@ def test_whatever_the_order_nothing_raises_or_leaks_and_what_is_accepted_is_equa
     assert not any("<|" in item.text for item in found)
     assert not any("\ud800" <= letter <= "\ud801" for item in found for letter in repr(vars(item)))
     expected = theirs(answer, None if role is None else Role.ASSISTANT)
-    if expected is not None and clean(expected):
+    if expected is not None and clean(expected) and not startles(answer):
         assert found == ours(answer, role, cut=1) == expected
 
 
@@ -266,7 +274,7 @@ def test_any_sequence_is_read(answer: Parts) -> None:
     found = ours(answer)
     assert not any("<|" in item.text for item in found)
     expected = theirs(answer)
-    if expected is not None and clean(expected):
+    if expected is not None and clean(expected) and not startles(answer):
         assert found == expected
 
 
