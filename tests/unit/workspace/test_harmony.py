@@ -108,7 +108,7 @@ def clean(messages: list[Said]) -> bool:
 
 
 def startles(answer: Parts) -> bool:
-    """True where a beginning of text stands in it: openai-harmony then takes a role for an unknown one, hence a tool."""
+    """True where a beginning of text stands in it: openai-harmony then takes a role for an unknown one, a tool."""
     return _START_OF_TEXT in answer
 
 
