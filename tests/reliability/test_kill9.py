@@ -78,6 +78,15 @@ def _history(server: Server) -> dict[int, str]:
         before = page[-1]["id"]
 
 
+def _pause(server: Server, kernel: str) -> None:
+    server.json("POST", f"/olympus/kernels/{kernel}/pause", json={})
+    for _ in range(600):
+        if server.json("GET", f"/olympus/kernels/{kernel}/status")["state"] == "paused":
+            return
+        threading.Event().wait(0.05)
+    raise AssertionError("the kernel did not pause")
+
+
 def _kill_loop(tmp_path: Path, rounds: int) -> None:
     rng = random.Random(SEED)
     acknowledged: dict[int, str] = {}
@@ -119,6 +128,7 @@ def _kill_loop(tmp_path: Path, rounds: int) -> None:
     try:
         server.wait_ready()
         assert acknowledged.items() <= _history(server).items()
+        _pause(server, kernel)  # a trainer publishes and removes checkpoints between two looks
         checkpoints = server.json("GET", f"/olympus/kernels/{kernel}/checkpoints")["checkpoints"]
         on_disk = {path.name for path in (tmp_path / "kernels" / kernel).iterdir() if path.name.startswith("step-")}
         assert {item["id"] for item in checkpoints} <= on_disk
