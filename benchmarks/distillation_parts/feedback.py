@@ -14,26 +14,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.distillation_parts import report
+from benchmarks.distillation_parts.arms import QUESTIONS, SHOWN, answers, first_values, training
 from benchmarks.distillation_parts.house import ask, load, make_house
 from benchmarks.distillation_parts.off_task import off_task
-from benchmarks.distillation_parts.rivals import lora, nearest, summary, truncated
+from benchmarks.distillation_parts.rivals import lora
 from benchmarks.kernel_parts.common import Options
 from lm.engine_client import EngineClient
 from lm.types import LanguageModel
-from memory.distillation.config import CacheInit, TrainingConfig, make_distill_config
+from memory.distillation.config import make_distill_config
 from memory.distillation.data_generation import generate_dataset
 from memory.distillation.dataset import read_dataset
 from memory.distillation.evaluation import ArmResult
-from memory.distillation.initialisers import initial_prefix
 from memory.distillation.trainer import train_cartridge
 from workspace.engine import Engine
 from workspace.models import LoadedModel
 
-SLOTS = 64
 EPISODES = 240
-SHOWN = 60
-QUESTIONS = 90
-STEPS = 100
 
 
 def run(options: Options) -> str:
@@ -61,36 +57,15 @@ def _seed(
     distil = make_distill_config(
         {"system_prompt": house.system_prompt, "seed": seed, "data": {"targets": "feedback", "eval_share": 0.0}}
     )
-    config = TrainingConfig(
-        slots=SLOTS,
-        learning_rate=1e-2,
-        warmup_steps=2 if quick else 10,
-        max_steps=4 if quick else STEPS,
-        rows=16,
-        seed=seed,
-        max_tokens=192,
-        early_stop_patience=0,
-        threads=1,
-    )
-    history = house.after(house.shown, "")[:-1]
-    init = initial_prefix(loaded, CacheInit(type="text"), SLOTS, history=history, seed=seed)
+    config = training(seed, quick=quick)
+    init = first_values(loaded, house, seed)
     with tempfile.TemporaryDirectory() as folder:
         made = generate_dataset(house.episodes, distil, Path(folder))
         rows = read_dataset(made.path)
         begun = time.process_time()
         result = train_cartridge(loaded, rows, [], config, init, folder=Path(folder) / "training")
         seconds = time.process_time() - begun
-    _, summarised = summary(house, teacher, SLOTS)
-    arms = {
-        "memoryless": ask(loaded, "memoryless", house),
-        "long prompt": ask(loaded, "long prompt", house, [list(item.teacher) for item in house.questions]),
-        f"first {SLOTS} tokens": ask(loaded, "first tokens", house, truncated(house, loaded, SLOTS, first=True)),
-        f"last {SLOTS} tokens": ask(loaded, "last tokens", house, truncated(house, loaded, SLOTS, first=False)),
-        "summary": ask(loaded, "summary", house, summarised),
-        "8 nearest (BM25)": ask(loaded, "nearest", house, nearest(house)),
-        "cartridge, untrained": ask(loaded, "untrained", house, prefix=init),
-        "cartridge": ask(loaded, "cartridge", house, prefix=result.prefix),
-    }
+    arms = answers(loaded, house, teacher, init, result.prefix)
     note = f"Seed {seed}: {config.max_steps} steps on {len(rows)} rows took {seconds:.0f} CPU s. "
     if with_lora:
         numbers = 2 * sum(tensor.numel() for tensor in result.prefix.keys)

@@ -15,16 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.distillation_parts import report
-from benchmarks.distillation_parts.house import House, ask, load, make_house
+from benchmarks.distillation_parts.arms import QUESTIONS, SHOWN, SLOTS, answers, first_values, training
+from benchmarks.distillation_parts.house import House, load, make_house
 from benchmarks.distillation_parts.off_task import off_task
-from benchmarks.distillation_parts.rivals import nearest, summary, truncated
 from benchmarks.kernel_parts.common import Options
 from lm.engine_client import EngineClient
 from lm.types import LanguageModel
-from memory.distillation.config import CacheInit, TrainingConfig
 from memory.distillation.encoding import Encoder
 from memory.distillation.evaluation import ArmResult
-from memory.distillation.initialisers import initial_prefix
 from memory.distillation.rows import Row, RowMessage, flatten_topk
 from memory.distillation.trainer import train_cartridge
 from workspace.engine import Engine
@@ -33,11 +31,7 @@ from workspace.models import LoadedModel
 from workspace.prefix import prefix_of_tokens
 from workspace.sampling import SampledToken, SamplingParams
 
-SLOTS = 64
-SHOWN = 60
-QUESTIONS = 90
 ASKED = 240  #: training messages that the teacher answers; none of them is a held-out one
-STEPS = 100
 
 
 def run(options: Options) -> str:
@@ -73,38 +67,17 @@ def _seed(
     house = make_house(
         options, "semantic", seed, episodes=SHOWN + ASKED, shown=SHOWN, questions=6 if quick else QUESTIONS
     )
-    shown, others = house.episodes[-SHOWN:], house.episodes[: 8 if quick else ASKED]
+    others = house.episodes[: 8 if quick else ASKED]
     begun = time.process_time()
     rows = _taught(house, engine, [record.observation for record in others])
     data_seconds = time.process_time() - begun
-    config = TrainingConfig(
-        slots=SLOTS,
-        learning_rate=1e-2,
-        warmup_steps=2 if quick else 10,
-        max_steps=4 if quick else STEPS,
-        rows=16,
-        seed=seed,
-        max_tokens=192,
-        early_stop_patience=0,
-        threads=1,
-    )
-    history = house.after(shown, "")[:-1]
-    init = initial_prefix(loaded, CacheInit(type="text"), SLOTS, history=history, seed=seed)
+    config = training(seed, quick=quick)
+    init = first_values(loaded, house, seed)
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         result = train_cartridge(loaded, rows, [], config, init, folder=Path(folder))
     seconds = time.process_time() - begun
-    _, summarised = summary(house, teacher, SLOTS)
-    arms = {
-        "memoryless": ask(loaded, "memoryless", house),
-        "long prompt": ask(loaded, "long prompt", house, [list(item.teacher) for item in house.questions]),
-        f"first {SLOTS} tokens": ask(loaded, "first tokens", house, truncated(house, loaded, SLOTS, first=True)),
-        f"last {SLOTS} tokens": ask(loaded, "last tokens", house, truncated(house, loaded, SLOTS, first=False)),
-        "summary": ask(loaded, "summary", house, summarised),
-        "8 nearest (BM25)": ask(loaded, "nearest", house, nearest(house)),
-        "cartridge, untrained": ask(loaded, "untrained", house, prefix=init),
-        "cartridge": ask(loaded, "cartridge", house, prefix=result.prefix),
-    }
+    arms = answers(loaded, house, teacher, init, result.prefix)
     attended = arms["long prompt"].attended / arms["cartridge"].attended
     slots = (arms["long prompt"].prompt_tokens.mean() - arms["memoryless"].prompt_tokens.mean()) / SLOTS
     note = (

@@ -81,6 +81,7 @@ def lora(
         parameter.requires_grad_(False)
     per_rank = _numbers_per_rank(loaded)
     rank = max(1, round(numbers / per_rank))
+    torch.manual_seed(config.seed)  # of the adapter's first values
     wrapped = get_peft_model(
         loaded.model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
     )

@@ -1,0 +1,55 @@
+"""What ``parity`` and ``feedback`` share: how a cartridge is trained, and every arm that answers beside it."""
+
+from __future__ import annotations
+
+from benchmarks.distillation_parts.house import House, ask
+from benchmarks.distillation_parts.rivals import nearest, summary, truncated
+from lm.types import LanguageModel
+from memory.distillation.config import CacheInit, TrainingConfig
+from memory.distillation.evaluation import ArmResult
+from memory.distillation.initialisers import initial_prefix
+from workspace.models import LoadedModel
+from workspace.prefix import KVPrefix
+
+SLOTS = 64
+SHOWN = 60  #: experiences in the long prompt
+QUESTIONS = 90
+STEPS = 100
+
+
+def training(seed: int, *, quick: bool) -> TrainingConfig:
+    """The same for both parts; nothing is held out, so it ends after its steps."""
+    return TrainingConfig(
+        slots=SLOTS,
+        learning_rate=1e-2,
+        warmup_steps=2 if quick else 10,
+        max_steps=4 if quick else STEPS,
+        rows=16,
+        seed=seed,
+        max_tokens=192,
+        early_stop_patience=0,
+        threads=1,
+    )
+
+
+def first_values(loaded: LoadedModel, house: House, seed: int) -> KVPrefix:
+    """The beginning of what the long prompt shows."""
+    history = house.after(house.shown, "")[:-1]
+    return initial_prefix(loaded, CacheInit(type="text"), SLOTS, history=history, seed=seed)
+
+
+def answers(
+    loaded: LoadedModel, house: House, teacher: LanguageModel, init: KVPrefix, trained: KVPrefix
+) -> dict[str, ArmResult]:
+    """The house's questions, asked in every way; ``teacher`` writes the summary."""
+    _, summarised = summary(house, teacher, SLOTS)
+    return {
+        "memoryless": ask(loaded, "memoryless", house),
+        "long prompt": ask(loaded, "long prompt", house, [list(item.teacher) for item in house.questions]),
+        f"first {SLOTS} tokens": ask(loaded, "first tokens", house, truncated(house, loaded, SLOTS, first=True)),
+        f"last {SLOTS} tokens": ask(loaded, "last tokens", house, truncated(house, loaded, SLOTS, first=False)),
+        "summary": ask(loaded, "summary", house, summarised),
+        "8 nearest (BM25)": ask(loaded, "nearest", house, nearest(house)),
+        "cartridge, untrained": ask(loaded, "untrained", house, prefix=init),
+        "cartridge": ask(loaded, "cartridge", house, prefix=trained),
+    }
