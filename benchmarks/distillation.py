@@ -11,12 +11,9 @@ skipped with the reason. ``--write`` puts each part into benchmarks/results/dist
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import os
 import platform
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,30 +25,14 @@ prepare_process_environment()  # before torch is imported
 
 import torch  # noqa: E402
 
-from benchmarks.kernel_parts.common import MissingData, Options, data_folder  # noqa: E402
+from benchmarks.command import run_parts  # noqa: E402
+from benchmarks.kernel_parts.common import Options  # noqa: E402
 
 PARTS = ("parity", "feedback", "latency")
 
 
 def main() -> int:
-    arguments = _arguments()
-    options = Options(arguments.seeds, arguments.quick, data_folder())
-    torch.set_num_threads(1)
-    for name in arguments.parts:
-        part = importlib.import_module(f"benchmarks.distillation_parts.{name}")
-        begun = time.perf_counter()
-        try:
-            body = part.run(options)
-        except MissingData as missing:
-            print(f"## {name}\n\nskipped: {missing}\n", flush=True)
-            continue
-        text = f"# distillation: {name}\n\n{_circumstances(options, time.perf_counter() - begun)}\n\n{body}\n"
-        print(text, flush=True)
-        if arguments.write:
-            target = ROOT / "benchmarks" / "results" / "distillation" / f"{name}.md"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(text, encoding="utf-8")
-    return 0
+    return run_parts(__doc__, PARTS, "distillation", "distillation_parts", _circumstances)
 
 
 def _circumstances(options: Options, seconds: float) -> str:
@@ -60,19 +41,6 @@ def _circumstances(options: Options, seconds: float) -> str:
         f"SmolLM2-135M-Instruct in bfloat16, torch {torch.__version__}, {os.cpu_count()} cores ({platform.machine()}), "
         f"1 thread; seeds {', '.join(map(str, options.seeds))}; {seconds:.0f} s{quick}"
     )
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", type=lambda text: tuple(text.split(",")), default=PARTS)
-    parser.add_argument("--seeds", type=lambda text: tuple(int(seed) for seed in text.split(",")), default=(1, 2, 3))
-    parser.add_argument("--quick", action="store_true", help="shorten every arm; to see that it runs")
-    parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results/distillation")
-    arguments = parser.parse_args()
-    unknown = set(arguments.parts) - set(PARTS)
-    if unknown:
-        parser.error(f"unknown parts {', '.join(sorted(unknown))}; known are {', '.join(PARTS)}")
-    return arguments
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ both. Without banking77 or MiniLM it says what is missing. ``--write`` puts the 
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import platform
@@ -27,6 +26,7 @@ prepare_process_environment()  # before torch is imported
 import faiss  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.command import read_arguments  # noqa: E402
 from benchmarks.kernel_parts.common import SWEEP_SEED, MissingData, Options, data_folder  # noqa: E402
 from benchmarks.memory_parts.common import embedded, minilm  # noqa: E402
 
@@ -34,7 +34,9 @@ PARTS = ("latency", "quality")
 
 
 def main() -> int:
-    arguments = _arguments()
+    arguments = read_arguments(
+        __doc__, PARTS, "benchmarks/results/memory.md", quick="shorten everything; to see that it runs"
+    )
     options = Options(arguments.seeds, arguments.quick, data_folder())
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
@@ -61,19 +63,6 @@ def main() -> int:
         page = "\n\n".join(["# memory", head, *sections]) + "\n"
         (ROOT / "benchmarks" / "results" / "memory.md").write_text(page, encoding="utf-8")
     return 0
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", type=lambda text: tuple(text.split(",")), default=PARTS)
-    parser.add_argument("--seeds", type=lambda text: tuple(int(seed) for seed in text.split(",")), default=(1, 2, 3))
-    parser.add_argument("--quick", action="store_true", help="shorten everything; to see that it runs")
-    parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results/memory.md")
-    arguments = parser.parse_args()
-    unknown = set(arguments.parts) - set(PARTS)
-    if unknown:
-        parser.error(f"unknown parts {', '.join(sorted(unknown))}; known are {', '.join(PARTS)}")
-    return arguments
 
 
 if __name__ == "__main__":
