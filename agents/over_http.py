@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from agents.experience_log import NEWEST
 from lm.errors import InvalidResponse
-from lm.transport import Patience, Transport
+from lm.transport import Connected, Patience, Transport
 from lm.types import CartridgeRef
 from memory.history import NewExperience, Record
 
 _PAGE = 200
 
 
-class OlympusServer:
+class OlympusServer(Connected):
     """``base_url`` is the server's root. Safe to use from any thread; ``close()`` it. Raises as ``lm`` does."""
 
     def __init__(self, base_url: str, *, api_key: str | None = None, patience: Patience | None = None):
@@ -56,18 +55,6 @@ class OlympusServer:
             if before is None:
                 break
         return found[::-1]
-
-    def close(self) -> None:
-        """Drop the connections."""
-        self._transport.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class ServerLog:

@@ -11,20 +11,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from lm.chat_api import check_limits, only_choice, plain_messages, read_reply
 from lm.errors import InvalidCall
 from lm.token_strings import TokenStrings, read_trace
-from lm.transport import Patience, Transport
+from lm.transport import Connected, Patience, Transport
 from lm.types import CartridgeRef, Messages, Reply, Trace
 
 #: vLLM's switch to write token ids out as strings.
 WRITTEN_IDS = "return_tokens_as_token_ids"
 
 
-class OpenAIClient:
+class OpenAIClient(Connected):
     """``base_url`` ends where ``/chat/completions`` begins, usually in ``/v1``. Safe to use from any thread."""
 
     def __init__(
@@ -84,18 +83,6 @@ class OpenAIClient:
         wishes = {"temperature": 0.0, "logprobs": True, "top_logprobs": top_logprobs}
         body, seconds = self._ask(messages, max_tokens, cartridges, wishes)
         return read_reply(body, seconds), read_trace(only_choice(body).get("logprobs"), strings, top_logprobs)
-
-    def close(self) -> None:
-        """Drop the connections."""
-        self._transport.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _ask(
         self, messages: Messages, max_tokens: int, cartridges: Sequence[CartridgeRef], wishes: Mapping[str, Any]

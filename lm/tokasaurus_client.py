@@ -12,13 +12,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from lm.chat_api import check_limits, plain_messages, read_reply
 from lm.errors import InvalidResponse, LanguageModelError, RequestRefused
 from lm.fingerprint import unpack
-from lm.transport import Patience, Transport
+from lm.transport import Connected, Patience, Transport
 from lm.types import CartridgeRef, Messages, Reply, Trace
 
 PLAIN = "/v1/chat/completions"
@@ -26,7 +25,7 @@ CARTRIDGE = ("/v1/cartridge/chat/completions", "/custom/cartridge/chat/completio
 _NOT_FOUND = 404
 
 
-class TokasaurusClient:
+class TokasaurusClient(Connected):
     """``base_url`` is the server's root, without ``/v1``. Safe to use from any thread.
 
     ``model`` None asks the server once: it serves exactly one. ``extra``: fields that this server knows and Tokasaurus
@@ -101,18 +100,6 @@ class TokasaurusClient:
                 raise InvalidResponse(f"{self.name} does not serve exactly one model; name the one that is meant")
             self._model = str(chat[0].get("id"))
         return self._model
-
-    def close(self) -> None:
-        """Drop the connections."""
-        self._transport.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _body(
         self, messages: Messages, max_tokens: int, temperature: float, cartridges: Sequence[CartridgeRef]

@@ -126,6 +126,24 @@ class Transport:
         return float(min(self._patience.first_pause * 2**attempt, longest) * random.uniform(0.75, 1.25))
 
 
+class Connected:
+    """A client of one server: whoever makes it closes it, or uses it in a ``with``."""
+
+    _transport: Transport
+
+    def close(self) -> None:
+        """Drop the connections."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
 def _checked(base_url: str) -> str:
     parts = urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
