@@ -17,16 +17,12 @@ from typing import Any
 import structlog
 
 from memory.history import History, NewExperience, content_hash
+from olympus import checkpoint_diff
 from olympus.checkpoint_files import Loaded
 from olympus.checkpoint_mirror import CheckpointMirror
 from olympus.checkpoints import CheckpointStore
 from olympus.continuous_trainer import ContinuousKernelTrainer
-from olympus.errors import (
-    InvalidAction,
-    InvalidRequest,
-    NotReady,
-    StorageFull,
-)
+from olympus.errors import InvalidAction, InvalidRequest, NotReady, StorageFull
 from olympus.example import QUERY_SOURCE
 from olympus.experience_source import ExperienceSource
 from olympus.governor import Governor, Realm
@@ -210,6 +206,11 @@ class Zeus:
         """The kernel's checkpoints, what keeps each, and which go next."""
         self.rows.get(kernel_id)
         return self.checkpoint_store.describe(kernel_id)
+
+    def compare_checkpoints(self, kernel_id: str, base: str, other: str) -> dict[str, Any]:
+        """What changed from ``base`` to ``other``: measurements, basin, weights."""
+        self.rows.get(kernel_id)
+        return checkpoint_diff.compare(self.checkpoint_store, kernel_id, base, other)
 
     def metrics(
         self, kernel_id: str, since: int | None = None, max_points: int = 2000, *, spread: bool = False

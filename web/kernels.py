@@ -12,7 +12,7 @@ from olympus.requests import ExperienceBatch, QueryRequest, SpawnRequest
 from web.auth import require, requires
 from web.context import principal, runtime
 from web.jsonio import parse_body, parse_query
-from web.schemas import MetricsQuery
+from web.schemas import DiffQuery, MetricsQuery
 
 blueprint = Blueprint("kernels", __name__, url_prefix="/olympus/kernels")
 
@@ -66,6 +66,13 @@ def query(kernel_id: str) -> ResponseReturnValue:
 def checkpoints(kernel_id: str) -> ResponseReturnValue:
     """A kernel's checkpoints and what keeps each."""
     return jsonify(runtime().zeus.checkpoints(kernel_id))
+
+
+@blueprint.get("/<kernel:kernel_id>/checkpoints/<checkpoint:name>/diff")
+@requires("kernels:read")
+def checkpoint_diff(kernel_id: str, name: str) -> ResponseReturnValue:
+    """What changed since another checkpoint."""
+    return jsonify(runtime().zeus.compare_checkpoints(kernel_id, parse_query(DiffQuery).base, name))
 
 
 @blueprint.get("/<kernel:kernel_id>/metrics")

@@ -108,6 +108,12 @@ class MetricsQuery(Body):
     spread: bool = False
 
 
+class DiffQuery(Body):
+    """``GET /olympus/kernels/<id>/checkpoints/<name>/diff``: the checkpoint to look back to."""
+
+    base: Annotated[str, StringConstraints(pattern=r"^step-[0-9]{8}\z")]
+
+
 class ProposalsQuery(Body):
     """``GET /olympus/proposals``."""
 
