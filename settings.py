@@ -25,6 +25,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     SecretStr,
     ValidationError,
     field_validator,
@@ -38,6 +39,11 @@ ENV_PREFIX = "OLYMPUS_"
 #: Environment names with the prefix that are not settings keys: used before the tree exists, by the command line
 #: (OLYMPUS_KEY), or by the tests.
 RESERVED_ENV = frozenset({"OLYMPUS_CONFIG", "OLYMPUS_DATA_DIR", "OLYMPUS_CACHE_DIR", "OLYMPUS_KEY"})
+_SHORT_NAMES = {
+    "DATABASE_URL": ["database", "url"],
+    "OLYMPUS_DATA_DIR": ["data_dir"],
+    "OLYMPUS_CACHE_DIR": ["model", "cache_dir"],
+}
 RESERVED_ENV_PREFIXES = ("OLYMPUS_TEST_", "OLYMPUS_SHARED_")
 SHORTEST_API_KEY = 16
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
@@ -261,6 +267,14 @@ class Settings(_Section):
     distillation: DistillationSettings = Field(default_factory=DistillationSettings)
     telemetry: TelemetrySettings = Field(default_factory=TelemetrySettings)
 
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def origin(self, path: str) -> str | None:
+        """Where the value of ``path`` comes from: an environment variable, a file, ``overrides``; None: the default."""
+        branches = [path.rsplit(".", depth)[0] for depth in range(path.count(".") + 1)]
+        inside = [known for known in self._origins if known.startswith(f"{path}.")]  # of a mapping, such as domains
+        return next((self._origins[known] for known in branches + inside if known in self._origins), None)
+
     @field_validator("data_dir")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
@@ -328,13 +342,23 @@ def load_settings(
     """
     environ = os.environ if environ is None else environ
     chosen = path if path is not None else environ.get("OLYMPUS_CONFIG") or None
-    tree: dict[str, Any] = _read_yaml(_find_config(chosen)) if chosen else {}
+    tree: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    if chosen:
+        file = _find_config(chosen)
+        tree = _read_yaml(file)
+        shown = file.resolve().relative_to(ROOT) if file.resolve().is_relative_to(ROOT) else file
+        origins.update(dict.fromkeys(_leaves(tree), f"file {shown}"))
     _merge(tree, _from_environment(environ))
+    origins.update({".".join(keys): f"environment {name}" for name, keys, _ in _environment_entries(environ)})
     _merge(tree, overrides or {})
+    origins.update(dict.fromkeys(_leaves(overrides or {}), "overrides"))
     try:
-        return Settings.model_validate(tree)
+        settings = Settings.model_validate(tree)
     except ValidationError as error:
         raise SettingsError("\n".join(_explain(item) for item in error.errors())) from None
+    settings._origins = origins
+    return settings
 
 
 def setting_paths() -> Iterator[tuple[str, str, Any]]:
@@ -374,19 +398,31 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
+    for _, keys, value in _environment_entries(environ):
+        _put(tree, keys, value)
+    return tree
+
+
+def _environment_entries(environ: Mapping[str, str]) -> Iterator[tuple[str, list[str], Any]]:
+    """``(variable, path of the key, value)``; later ones win."""
     if environ.get("PORT"):
-        _put(tree, ["server", "port"], _scalar(environ["PORT"]))
-    if environ.get("DATABASE_URL"):
-        _put(tree, ["database", "url"], environ["DATABASE_URL"])
-    if environ.get("OLYMPUS_DATA_DIR"):
-        tree["data_dir"] = environ["OLYMPUS_DATA_DIR"]
-    if environ.get("OLYMPUS_CACHE_DIR"):
-        _put(tree, ["model", "cache_dir"], environ["OLYMPUS_CACHE_DIR"])
+        yield "PORT", ["server", "port"], _scalar(environ["PORT"])
+    for name, keys in _SHORT_NAMES.items():
+        if environ.get(name):
+            yield name, keys, environ[name]
     for name in sorted(environ):
         if not name.startswith(ENV_PREFIX) or name in RESERVED_ENV or name.startswith(RESERVED_ENV_PREFIXES):
             continue
-        _put(tree, name.removeprefix(ENV_PREFIX).lower().split("__"), _scalar(environ[name]))
-    return tree
+        yield name, name.removeprefix(ENV_PREFIX).lower().split("__"), _scalar(environ[name])
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted paths of the values of a nested mapping."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def _scalar(text: str) -> Any:

@@ -113,3 +113,24 @@ def test_settings_stand_on_the_lowest_floor() -> None:
 def test_replit_is_recognised_by_its_id() -> None:
     assert is_replit({"REPL_ID": "x"})
     assert not is_replit({})
+
+
+def test_each_value_knows_where_it_comes_from(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("server: {port: 1111, threads: 80}\ndistillation: {domains: {support: quick}}\n")
+    environ = {"OLYMPUS_SERVER__PORT": "2222", "OLYMPUS_DATA_DIR": str(tmp_path), "OLYMPUS_KERNELS": "{preset: small}"}
+    settings = load_settings(config, environ=environ, overrides={"model": {"load": False}})
+    assert settings.origin("server.port") == "environment OLYMPUS_SERVER__PORT"
+    assert settings.origin("server.threads") == f"file {config}"
+    assert settings.origin("distillation.domains") == f"file {config}"
+    assert settings.origin("data_dir") == "environment OLYMPUS_DATA_DIR"
+    assert settings.origin("kernels.preset") == "environment OLYMPUS_KERNELS"
+    assert settings.origin("model.load") == "overrides"
+    assert settings.origin("server.host") is None
+    assert load_settings("server", environ={}).origin("server.host") == "file configs/server.yaml"
+
+
+def test_a_named_preset_is_shown_by_its_place_in_the_project() -> None:
+    settings = load_settings(environ={"OLYMPUS_CONFIG": "server", "PORT": "81"})
+    assert settings.origin("server.host") == "file configs/server.yaml"
+    assert settings.origin("server.port") == "environment PORT"
