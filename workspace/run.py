@@ -32,6 +32,7 @@ from workspace.forward import PassiveContext
 from workspace.merging import merge_segments
 from workspace.projector import LayerKV
 from workspace.recall import Recollection
+from workspace.slots import SlotUpdate
 from workspace.steering_types import Toggles, WorkspaceReport
 from workspace.window import ActiveWindow
 
@@ -208,7 +209,10 @@ class WorkspaceRun(PassiveContext):
         seen = {layer: torch.cat([item[layer] for item in self._pending], dim=1) for layer in self._steering.layers}
         self._pending, self._since_update = [], 0
         self._recent = seen
-        self._slots = self._steering.modules.update(seen, self._slots, retrieved).slots
+        update = self._steering.modules.update(seen, self._slots, retrieved)
+        if self._toggles.trace:
+            self.report.slots = _slot_numbers(update, self._slots)
+        self._slots = update.slots
         self.report.slot_updates += 1
 
     def _make_broadcast(self) -> None:
@@ -248,6 +252,7 @@ class WorkspaceRun(PassiveContext):
         acts = {name: getattr(decision, name) for name in ("broadcast", "retrieve", "write", "halt")}
         return {
             "token": token,
+            "text": self._steering.loaded.tokenizer.decode([token]),
             **acts,
             **numbers,
             "virtual_tokens": self.report.virtual_tokens,
@@ -256,6 +261,14 @@ class WorkspaceRun(PassiveContext):
 
 
 _SWITCHES = ("virtual_kv", "residual_delta", "controller", "memory")
+
+
+def _slot_numbers(update: SlotUpdate, before: Tensor) -> list[dict[str, float]]:
+    """Of each slot after ``update``: its norm, the share of what was seen that it claimed, how far it moved."""
+    with torch.inference_mode():
+        norms, moved = update.slots[0].norm(dim=-1), (update.slots[0] - before[0]).norm(dim=-1)
+        columns = zip(norms.tolist(), update.attention[0].mean(dim=-1).tolist(), moved.tolist(), strict=True)
+    return [{"norm": round(a, 4), "share": round(b, 4), "moved": round(c, 4)} for a, b, c in columns]
 
 
 def probe_places(count: int) -> Tensor:

@@ -34,6 +34,7 @@ class WorkspaceReport:
     cache_tokens: int = 0  #: in the active cache at the end
     saved_segment: int | None = None  #: what the session keeps of this request
     norms: dict[int, tuple[float, float]] = field(default_factory=dict)  #: mean key and value norm by layer
+    slots: list[dict[str, float]] = field(default_factory=list)  #: with a trace: norm, share, moved at the last update
     toggles: dict[str, bool] = field(default_factory=dict)
     trace: list[dict[str, Any]] | None = None  #: one entry per token
 

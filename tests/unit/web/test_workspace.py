@@ -43,6 +43,9 @@ def test_a_trace_has_one_entry_per_token(client: FlaskClient) -> None:
     answer = client.post(PATH, json=ask(workspace={"enabled": True, "trace": True}, seed=1)).json
     trace = answer["olympus"]["trace"]
     assert len(trace) == answer["usage"]["completion_tokens"] - 1
+    assert "".join(entry["text"] for entry in trace).strip()
+    slots = answer["usage"]["workspace"]["slots"]
+    assert sum(slot["share"] for slot in slots) == pytest.approx(1.0, abs=0.01), "every input is shared out"
     assert {"token", "entropy", "surprise", "broadcast", "retrieve", "write", "halt", "virtual_tokens"} <= set(trace[0])
 
 
