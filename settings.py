@@ -241,6 +241,7 @@ class DistillationSettings(_Section):
     serve_pause_ms: float = Field(10.0, ge=0, le=1000, description="Pause per layer while a chat is generating.")
     niceness: int = Field(5, ge=0, le=19, description="Niceness of the thread (Linux only).")
     threads: int = Field(1, ge=1, description="Intra-op threads of the training.")
+    keep_runs: int = Field(20, ge=1, description="Ended runs that keep all files; older ones keep their reports.")
 
 
 class TelemetrySettings(_Section):

@@ -28,7 +28,7 @@ class OlympusServer(Connected):
 
     def serving(self, domain: str) -> CartridgeRef | None:
         """The cartridge that ``domain`` is served with now: a ``memory.kv_cache_memory.ServingCartridge``."""
-        found = self._transport.get("/olympus/cartridges", {"domain": domain})
+        found = self._transport.get("/olympus/cartridges", {"domain": domain, "state": "serving"})
         rows = [row for row in _rows(found, "cartridges") if row.get("state") == "serving"]
         if not rows:
             return None

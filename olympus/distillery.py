@@ -4,7 +4,7 @@ Runs are rows (``memory.distillation.runs``), triggers are pure functions of wha
 is the pipeline's business, which is given when the language model is ready. Here they are put together: which
 configuration a domain has, when the schedule looks, what starts and stops with the server.
 
-APScheduler only calls ``look`` every ``check_seconds``. Whatever it would lose with the process stands in the rows.
+The timetable only calls ``look`` every ``check_seconds``. Whatever it would lose with the process stands in the rows.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from apscheduler.schedulers.background import BackgroundScheduler
 
 from memory.distillation.config import DistillConfig, load_distill_config, make_distill_config, presets
 from memory.distillation.errors import DistillationError, DistillConfigError
-from memory.distillation.leftovers import remove_forgotten
+from memory.distillation.leftovers import prune, remove_forgotten
 from memory.distillation.runs import Run, RunInProgress, RunNotFound, RunStore
 from memory.distillation.tally import Tally
 from memory.distillation.triggers import Situation, decide, judge
@@ -31,6 +30,7 @@ from memory.distillation.worker import DistillationWorker, Outcome, Pipeline, Re
 from memory.history import History
 from olympus.errors import InvalidAction, InvalidRequest, NotReady, OlympusError
 from olympus.query_gate import be_nice
+from olympus.timetable import Job, Timetable
 from settings import DistillationSettings
 from storage import files
 from storage.database import Database
@@ -38,6 +38,8 @@ from telemetry.hub import EventHub
 
 log = structlog.get_logger(__name__)
 
+LOOK = "distillation"  # the name of the job
+_NOT_YET = "distillation begins when the language model is loaded; see GET /readyz"
 #: Lines of a run's log that are told at once.
 _LINES = 2000
 
@@ -79,8 +81,9 @@ class Distillery:
         folder: Path,
         *,
         is_stale: Callable[[str], bool] = lambda domain: False,
+        timetable: Timetable | None = None,
     ):
-        """``folder`` holds the runs' folders.
+        """``folder`` holds the runs' folders. ``timetable``: where the looks are noted; by default one of its own.
 
         ``is_stale``: whether what a domain's serving cartridge learned from was deleted or corrected since.
         """
@@ -93,7 +96,8 @@ class Distillery:
         self._tally = Tally(history)
         self._pipeline: Pipeline | None = None
         self._worker: DistillationWorker | None = None
-        self._scheduler: BackgroundScheduler | None = None
+        self._timetable = timetable or Timetable()
+        self._timetable.add(self._job())
         self._looking = threading.Lock()
         self._life = threading.Lock()
         self._stopped = False
@@ -121,18 +125,13 @@ class Distillery:
         )
         self._worker.start()
         if self._settings.automatic:
-            self._scheduler = BackgroundScheduler(timezone="UTC")
-            self._scheduler.add_job(
-                self.look, "interval", seconds=self._settings.check_seconds, max_instances=1, coalesce=True, id="look"
-            )
-            self._scheduler.start()
+            self._timetable.begin(LOOK)
 
     def shutdown(self, deadline: float) -> None:
         """Stop within ``deadline`` seconds; what runs goes on at the next start."""
         with self._life:
             self._stopped = True
-        if self._scheduler is not None:
-            self._scheduler.shutdown(wait=False)
+        self._timetable.shutdown()
         if self._worker is not None and not self._worker.stop(deadline):
             log.warning("a distillation is still in a step; its run goes on at the next start")
 
@@ -168,7 +167,7 @@ class Distillery:
         if overrides and not owner:
             self._check_reserved(config, self.config(domain, preset))
         if self._worker is None:
-            raise NotReady("distillation begins when the language model is loaded; see GET /readyz")
+            raise NotReady(_NOT_YET)
         known = self._history.domains().get(domain)
         if known is None and config.checkpoint_dir is None:
             raise InvalidRequest(
@@ -244,13 +243,11 @@ class Distillery:
 
     def schedule(self) -> dict[str, Any]:
         """The schedule and the outlook of every domain."""
-        job = None if self._scheduler is None else self._scheduler.get_job("look")
-        upcoming = None if job is None or job.next_run_time is None else job.next_run_time.timestamp()
         domains = [self._outlook_or_problem(domain) for domain in sorted(self._history.domains())]
         return {
             "automatic": self._settings.automatic,
             "working": self._worker is not None,
-            "next_look": upcoming,
+            "next_look": self._timetable.next_at(LOOK),
             "presets": presets(),
             "domains": domains,
         }
@@ -325,6 +322,22 @@ class Distillery:
         make_distill_config(run.config)  # of an older version, maybe: said before anything is done
         return self._pipeline(run, report, stop)
 
+    def _job(self) -> Job:
+        return Job(
+            LOOK,
+            "Look at the triggers of distillation",
+            "Starts a run for each domain that has lived through enough since its last one.",
+            self._settings.check_seconds,
+            "cartridges:write",
+            self._look_in_words,
+            off="" if self._settings.automatic else "distillation.automatic is false",
+        )
+
+    def _look_in_words(self) -> str:
+        if self._worker is None:
+            raise NotReady(_NOT_YET)
+        return ", ".join(f"{self.run(run_id)['domain']}: {run_id} begins" for run_id in self.look())
+
     def _prepare_thread(self) -> None:
         be_nice(self._settings.niceness)
         try:
@@ -340,6 +353,7 @@ class Distillery:
             state = self.folder / data["id"] / "state"  # moments of the optimizer: nobody goes on with an ended run
             if state.is_dir():
                 files.remove_directory(state)
+            prune(self.folder, self._settings.keep_runs, self.runs.open_ids())
 
     def _publish(self, data: dict[str, Any]) -> None:
         where = f"{data['id']}:{data['state']}:{data['progress'].get('stage')}"  # each state and stage is told

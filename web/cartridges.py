@@ -42,6 +42,7 @@ class ListQuery(_Request):
     """``GET /olympus/cartridges``."""
 
     domain: Annotated[str, StringConstraints(max_length=64)] | None = None
+    state: Literal["candidate", "serving", "retired", "rejected"] | None = None
     deleted: bool = False
     experience: Annotated[int, Field(ge=1, le=_ID_LIMIT)] | None = None
 
@@ -96,7 +97,9 @@ class RollbackBody(_Request):
 def cartridges() -> ResponseReturnValue:
     """All cartridges, newest first."""
     query = parse_query(ListQuery)
-    rows = runtime().cartridges.list(query.domain, deleted=query.deleted, experience=query.experience)
+    rows = runtime().cartridges.list(
+        query.domain, state=query.state, deleted=query.deleted, experience=query.experience
+    )
     return jsonify({"cartridges": [row.to_json() for row in rows]})
 
 

@@ -75,8 +75,8 @@ def pack(cartridge: Cartridge, how: Format) -> bytes:
 
 
 def _for_others(cartridge: Cartridge) -> Cartridge:
-    """Without the ids of our experiences, which mean nothing elsewhere."""
-    manifest = cartridge.manifest.model_copy(update={"experience_ids_sha256": None})
+    """Without the ids of our experiences and of our run, which mean nothing elsewhere."""
+    manifest = cartridge.manifest.model_copy(update={"experience_ids_sha256": None, "run_id": None})
     return Cartridge(cartridge.prefix, cartridge.frozen, manifest)
 
 

@@ -56,6 +56,7 @@ def make_cartridge(
     prefix: KVPrefix,
     *,
     domain: str,
+    run_id: str | None = None,
     frozen: int = 1,
     parent: str | None = None,
     origin: str | None = None,
@@ -74,6 +75,7 @@ def make_cartridge(
     ids = tuple(sorted(set(experience_ids)))
     manifest = Manifest(
         domain=domain,
+        run_id=run_id,
         parent=parent,
         origin=origin,
         slots=prefix.slots,

@@ -41,6 +41,7 @@ class Manifest(BaseModel):
     version: Annotated[int, Field(ge=0)] = 0
     parent: Text | None = None  #: the cartridge that it was trained on from
     origin: Text | None = None  #: its id or file name elsewhere
+    run_id: Text | None = None  #: the distillation that made it, here
     model: Text  #: name, for people
     model_fingerprint: Annotated[str, StringConstraints(min_length=1, max_length=64)]
     tokenizer_sha256: Hex64 | None = None

@@ -61,12 +61,19 @@ class CartridgeRegistry:
             return detached(_existing(row, cartridge_id))
 
     def list(
-        self, domain: str | None = None, *, deleted: bool = False, experience: int | None = None
+        self,
+        domain: str | None = None,
+        *,
+        state: str | None = None,
+        deleted: bool = False,
+        experience: int | None = None,
     ) -> Sequence[CartridgeRow]:
         """All that are not deleted, newest first. ``experience``: only those that were trained on it."""
         query = sa.select(Row).order_by(Row.created_at.desc(), Row.version.desc())
         if domain is not None:
             query = query.where(Row.domain == domain)
+        if state is not None:
+            query = query.where(Row.state == state)
         if not deleted:
             query = query.where(Row.state != "deleted")
         with self._database.read() as session:
@@ -109,7 +116,7 @@ class CartridgeRegistry:
 
     # Writing.
 
-    def register(self, cartridge: Cartridge, run_id: str | None = None, *, actor: str = "local") -> CartridgeRow:
+    def register(self, cartridge: Cartridge, *, actor: str = "local") -> CartridgeRow:
         """Give ``cartridge`` the next version of its domain and keep it as a candidate; durable when this returns.
 
         Raises ``ValueError`` for numbers that are not finite, ``OSError`` on a full disk; nothing is kept then.
@@ -127,7 +134,7 @@ class CartridgeRegistry:
                     break
                 except FileExistsError:  # of a process that shares the folder
                     version += 1
-            return self._insert(manifest, own.experience_ids, run_id, actor, "cartridge.register")
+            return self._insert(manifest, own.experience_ids, actor, "cartridge.register")
 
     def promote(
         self,
@@ -263,7 +270,7 @@ class CartridgeRegistry:
 
     def adopt(self, manifest: Manifest, experience_ids: Iterable[int]) -> CartridgeRow:
         """A row for a folder that lies there already; for ``recovery.py``."""
-        return self._insert(manifest, experience_ids, None, "system", "cartridge.adopt")
+        return self._insert(manifest, experience_ids, "system", "cartridge.adopt")
 
     def check_invariants(self) -> None:
         """Raise ``AssertionError`` if rows, folders and states contradict each other."""
@@ -286,16 +293,14 @@ class CartridgeRegistry:
                 known = max(known, int(number))
         return known + 1
 
-    def _insert(
-        self, manifest: Manifest, experience_ids: Iterable[int], run_id: str | None, actor: str, action: str
-    ) -> CartridgeRow:
+    def _insert(self, manifest: Manifest, experience_ids: Iterable[int], actor: str, action: str) -> CartridgeRow:
         with self._database.write() as session:
             row = Row(
                 id=manifest.id,
                 domain=manifest.domain,
                 version=manifest.version,
                 parent_id=manifest.parent,
-                run_id=run_id,
+                run_id=manifest.run_id,
                 state="candidate",
                 state_reason="",
                 stale=False,
@@ -308,7 +313,7 @@ class CartridgeRegistry:
                 created_at=manifest.created_at,
             )
             session.add(row)
-            detail = {"domain": manifest.domain, "slots": manifest.slots, "run_id": run_id, "origin": manifest.origin}
+            detail = {name: getattr(manifest, name) for name in ("domain", "slots", "run_id", "origin")}
             session.add(AuditEvent(actor=actor, action=action, target=manifest.id, detail=detail))
             return detached(row)
 

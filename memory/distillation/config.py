@@ -209,7 +209,9 @@ class TrainingConfig(_Section):
     evaluate_every: int = Field(10, ge=1, description="Steps between evaluations on held-out rows.")
     save_every: int = Field(25, ge=1, description="Steps between checkpoints.")
     keep_last: int = Field(2, ge=1, description="Checkpoints that stay.")
-    time_budget_seconds: float | None = Field(None, gt=0, description="Training ends after it, with what it has.")
+    time_budget_seconds: float | None = Field(
+        None, gt=0, description="Training ends after it; waiting does not count."
+    )
     max_tokens: int = Field(512, ge=8, description="Longest row; longer ones lose the beginning of what was asked.")
     threads: int = Field(0, ge=0, description="Intra-op threads; 0 leaves torch's setting.")
     dtype: Literal["float32"] = Field("float32", description="Of the trained parameters; the model keeps its own.")

@@ -101,6 +101,15 @@ def too_few(rows: int, config: GateConfig) -> Verdict:
     return Verdict(False, reason, config.chosen, rows, config.margin)
 
 
+def nothing_to_rank(config: GateConfig) -> Verdict:
+    """Where all held-out rows have one answer, which then is the likeliest of the known ones with any prompt."""
+    reason = (
+        "all held-out rows have the same answer, so ranking the known answers tells nothing. The candidate is rejected "
+        "and what serves goes on; live through more, or use gate.metric exact"
+    )
+    return Verdict(False, reason, config.chosen, 0, config.margin)
+
+
 def _compare(evaluation: Evaluation, rival: str, metric: Metric, config: GateConfig) -> Comparison:
     one, other = (evaluation.arms[name].of(metric) for name in ("cartridge", rival))
     both = np.isfinite(one) & np.isfinite(other)

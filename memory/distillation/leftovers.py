@@ -5,13 +5,15 @@ anything that stood in the teacher's prompt. So when one experience of a run is 
 ``experiences.json`` says of which experiences they are. Folders of open runs are left alone: what such a run wrote goes
 when it has ended.
 
-The cartridge is the registry's, which marks it stale; metrics and reports hold no texts.
+The cartridge is the registry's, which marks it stale; metrics and reports hold no texts. A run that ended long ago
+keeps its reports alone (``prune``): datasets and checkpoints of every night's run would fill the disk.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from storage import files
 logger = logging.getLogger(__name__)
 
 JOURNAL, DATASET, EXPERIENCES = "journal.jsonl", "dataset.parquet", "experiences.json"
+_BEGUN = "config.json"  #: written when a run begins, or goes on
+_REPORTS = (_BEGUN, "metrics.jsonl", "gate.json", EXPERIENCES)
 #: The last two are the dataset once more, for the Cartridges library (``cartridges_backend.py``).
 _TEXTS = (JOURNAL, DATASET, "library_train.parquet", "library_eval.parquet")
 
@@ -48,6 +52,23 @@ def remove_forgotten(root: Path, history: History, open_runs: Collection[str]) -
             continue
         if any(deleted for _, _, deleted in history.verdicts(_ids(folder))) and remove_texts(folder):
             logger.info("run %s: its texts are removed, something in them was forgotten", folder.name)
+            told.append(folder.name)
+    return told
+
+
+def prune(root: Path, keep: int, open_runs: Collection[str]) -> list[str]:
+    """Of ended runs, all but the ``keep`` that began last lose everything but their reports; returns their ids."""
+    ended = [folder for folder in root.glob("run-*") if folder.name not in open_runs and (folder / _BEGUN).exists()]
+    ended.sort(key=lambda folder: (folder / _BEGUN).stat().st_mtime, reverse=True)
+    told = []
+    for folder in ended[keep:]:
+        heavy = [path for path in folder.iterdir() if path.name not in _REPORTS]
+        for path in heavy:
+            if path.is_dir() and not path.is_symlink():
+                files.remove_directory(path)
+            else:
+                os.unlink(path)
+        if heavy:
             told.append(folder.name)
     return told
 

@@ -37,6 +37,7 @@ from memory.distillation.errors import (
     NothingToDistil,
 )
 from memory.distillation.exporting import export_run
+from memory.distillation.held_out import divide
 from memory.distillation.leftovers import note_experiences
 from memory.distillation.prompt_builder import teacher_messages
 from memory.distillation.questions import gate_questions
@@ -166,7 +167,7 @@ class _Stages:
         parent = self._previous()
         init = self._initial(records, parent)
         cartridge = self._train(records, rows, init, parent)
-        row = self._given.registry.register(cartridge, self._run.id, actor="distillation")
+        row = self._given.registry.register(cartridge, actor="distillation")
         self._given.announce(row)
         return row
 
@@ -240,7 +241,7 @@ class _Stages:
             return train(
                 self._given.loaded,
                 [row for row in rows if row.split == "train"],
-                [row for row in rows if row.split == "eval"],
+                divide(rows, config.gate)[0],
                 training,
                 init,
                 folder=self._folder,
@@ -263,6 +264,7 @@ class _Stages:
             self._given.loaded,
             result.prefix,
             domain=self._run.domain,
+            run_id=self._run.id,
             frozen=result.frozen,
             parent=None if parent is None else parent.manifest.id,
             init=config.cache_init.model_dump(mode="json"),
@@ -314,9 +316,9 @@ class _Stages:
         self, row: CartridgeRow, records: Sequence[Record], rows: Sequence[Row]
     ) -> tuple[dict[str, Any], Verdict]:
         from memory.distillation.evaluation import Evaluation, evaluate
-        from memory.distillation.gate import judge, too_few
+        from memory.distillation.gate import judge, nothing_to_rank, too_few
 
-        held_out = [item for item in rows if item.split == "eval"]
+        _, held_out = divide(rows, self._config.gate)
         gate = self._config.gate.decided(sum(item.target == "feedback" for item in held_out))
         questions = gate_questions(
             held_out,
@@ -329,6 +331,8 @@ class _Stages:
         )
         if len(questions) < gate.min_rows:  # measuring too few would only cost time
             return {"questions": len(questions)}, too_few(len(questions), gate)
+        if gate.chosen == "ranked" and len(questions[0].candidates) < 2:
+            return {"questions": len(questions)}, nothing_to_rank(gate)
         serving = self._given.registry.serving(self._run.domain)
         rival = None
         if serving is not None and serving.model_fingerprint == self._given.loaded.fingerprint:

@@ -145,6 +145,7 @@ class _Run:
             raise TrainerError(f"the initial prefix has {init.slots} slots, but training.slots is {config.slots}")
         self._loaded, self._config, self._ranks = loaded, config, ranks
         self._stop, self._progress, self._between = stop, progress, between
+        self._waited = 0.0  #: seconds of this call in which others went first
         init = fit_prefix(loaded, init)
         encoder = Encoder(loaded)
         self._examples = self._encode(encoder, train, "train")
@@ -190,6 +191,7 @@ class _Run:
         """All remaining steps."""
         self._resume()
         began, first, spent = time.perf_counter(), self._state.step, self._state.seconds
+        self._waited = 0.0
         config, state = self._config, self._state
         try:
             while True:
@@ -201,8 +203,9 @@ class _Run:
                 if reason is not None:
                     return self._end(reason)
                 loss, rate = self._step()
-                state.seconds = spent + time.perf_counter() - began
-                self._report(loss, rate, (time.perf_counter() - began) / (state.step - first))
+                passed = time.perf_counter() - began
+                state.seconds = spent + passed - self._waited
+                self._report(loss, rate, passed / (state.step - first))
         except _Stopped:
             return self._end("stopped")
 
@@ -279,7 +282,9 @@ class _Run:
         if self._stop is not None and self._stop.is_set() and self._ranks.size == 1:
             raise _Stopped
         if self._between is not None:
+            began = time.perf_counter()
             self._between()
+            self._waited += time.perf_counter() - began
 
     # Looking after it.
 

@@ -43,7 +43,7 @@ class FakeOlympus:
     def __call__(self, asked: Asked) -> Answer:
         path, query = urlsplit(asked.path).path, parse_qs(urlsplit(asked.path).query)
         if path == "/olympus/cartridges":
-            assert query == {"domain": ["bank"]}
+            assert query == {"domain": ["bank"], "state": ["serving"]}
             old = {"id": "bank_v0000", "domain": "bank", "state": "retired"}
             return Answer({"cartridges": [*self.serving, old]} if isinstance(self.serving, list) else {})
         if path == "/olympus/history" and asked.method == "POST":

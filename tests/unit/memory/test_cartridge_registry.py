@@ -80,7 +80,7 @@ def audited(database: Database) -> list[tuple[str, str, str]]:
 def test_a_registered_one_has_an_id_of_its_own_and_is_a_candidate(
     registry: CartridgeRegistry, make: Callable[..., Cartridge], database: Database
 ) -> None:
-    first = registry.register(make(experience_ids=[5, 6]), run_id="r1", actor="ann")
+    first = registry.register(make(experience_ids=[5, 6], run_id="r1"), actor="ann")
     second = registry.register(make(), actor="ann")
     other = registry.register(make("Other Domain"))
     assert [first.id, second.id] == ["d_v0001", "d_v0002"]
@@ -252,12 +252,13 @@ def test_many_threads_register_and_promote(registry: CartridgeRegistry, make: Ca
 def test_a_folder_without_a_row_becomes_a_candidate(
     registry: CartridgeRegistry, make: Callable[..., Cartridge], database: Database
 ) -> None:
-    row = registry.register(make(experience_ids=[7]))
+    row = registry.register(make(experience_ids=[7], run_id="run-1"))
     with database.write() as session:  # the crash between folder and row
         session.execute(sa.delete(Row))
     assert registry.recover() == {row.id: "adopted as a candidate: the process ended before it was registered"}
     adopted = registry.get(row.id)
     assert (adopted.state, adopted.experiences, adopted.manifest) == ("candidate", 1, row.manifest)
+    assert adopted.run_id == "run-1", "its run, gone on with, finds it and trains no second one"
     assert registry.recover() == {}
     assert registry.register(make()).id == "d_v0002"
 

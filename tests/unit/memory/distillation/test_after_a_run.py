@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from memory.distillation.config import make_distill_config
 from memory.distillation.data_generation import generate_dataset
 from memory.distillation.dataset import read_dataset
 from memory.distillation.exporting import export_run
+from memory.distillation.leftovers import prune
 from memory.distillation.prompt_builder import estimate_tokens
 from memory.distillation.questions import gate_questions
 from memory.distillation.redaction import Redactor
@@ -76,3 +78,26 @@ def test_exports_are_told_and_break_nothing(tmp_path: Path) -> None:
     assert export_run(run, config)["local"].startswith("failed: "), "a copy is never overwritten"
     assert sorted(path.name for path in run.iterdir()) == before
     assert export_run(run, make_distill_config({})) == {}
+
+
+def test_old_runs_keep_their_reports_alone(tmp_path: Path) -> None:
+    for number in range(4):
+        run = tmp_path / f"run-{number}"
+        (run / "state" / "step-000050").mkdir(parents=True)
+        for name in (
+            "config.json",
+            "metrics.jsonl",
+            "gate.json",
+            "experiences.json",
+            "dataset.parquet",
+            "cache-step50.pt",
+        ):
+            (run / name).write_text("{}")
+        (run / "cache_last.pt").symlink_to("cache-step50.pt")
+        os.utime(run / "config.json", (1000 + number, 1000 + number))
+    assert sorted(prune(tmp_path, 1, {"run-0"})) == ["run-1", "run-2"], "the open one and the newest ended one stay"
+    kept = {"config.json", "metrics.jsonl", "gate.json", "experiences.json"}
+    for number in range(4):
+        names = {path.name for path in (tmp_path / f"run-{number}").iterdir()}
+        assert (names == kept) == (number in (1, 2))
+    assert prune(tmp_path, 1, {"run-0"}) == []

@@ -257,6 +257,28 @@ def test_time_budget_ends_it_with_what_it_has(loaded: LoadedModel, init: KVPrefi
     assert more.reason == "steps"
 
 
+def test_waiting_for_others_is_not_in_the_budget(loaded: LoadedModel, init: KVPrefix, tmp_path: Path) -> None:
+    """A clock that only waiting moves: a day of it, and the training still ends after its steps."""
+
+    class Clock:
+        def __init__(self) -> None:
+            self.now = 0.0
+
+        def __call__(self) -> float:
+            return self.now
+
+    clock = Clock()
+
+    def between() -> None:
+        clock.now += 3600.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("memory.distillation.trainer.time.perf_counter", clock)
+        result = run(loaded, init, tmp_path, time_budget_seconds=60, between=between)
+    assert result.reason == "steps"
+    assert clock.now > 86_400
+
+
 def test_another_run_in_the_same_folder_is_refused(loaded: LoadedModel, init: KVPrefix, tmp_path: Path) -> None:
     run(loaded, init, tmp_path / "a", max_steps=4)
     for changes in (
