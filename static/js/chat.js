@@ -1,14 +1,16 @@
 /* The chat page: conversations on the left, one conversation, and the composer. */
 
-import { announce, byId, h, reconcile } from "./dom.js";
+import { announce, byId, h, reconcile, toast } from "./dom.js";
 import { api } from "./api.js";
+import { clearAttachments } from "./attachments.js";
+import { chosenDomain, comparing, invalidField, requestBodies, wireOptions, without } from "./chat_options.js";
 import { complete } from "./completion.js";
-import { ago } from "./format.js";
+import { confirmed } from "./dialog.js";
+import { ago, integer } from "./format.js";
+import { PairTurn } from "./pair_turn.js";
 import { live, readStatus, throttle } from "./shell.js";
 import { measurements, Turn } from "./turns.js";
 
-const DRAFT_KEYS = ["domain", "temperature", "max-tokens", "system"];
-const MEMORY_KEY = "olympus-chat-memory";
 const HISTORY_LIMIT = 200;
 const NEAR_BOTTOM = 80;
 
@@ -21,46 +23,12 @@ let running = null; // the AbortController of the answer being written
 let defaults = { domain: "general", newestId: null };
 let model = null;
 
-// -- parameters --------------------------------------------------------------------------------------------------
-
-function restoreParameters() {
-  takeFromAddress();
-  for (const key of DRAFT_KEYS) {
-    byId(key).value = sessionStorage.getItem(`olympus-chat-${key}`) ?? "";
-    byId(key).addEventListener("input", () => {
-      sessionStorage.setItem(`olympus-chat-${key}`, byId(key).value);
-      showBecomes();
-    });
-  }
-  byId("memory").checked = sessionStorage.getItem(MEMORY_KEY) === "yes";
-  byId("memory").addEventListener("change", () => sessionStorage.setItem(MEMORY_KEY, byId("memory").checked ? "yes" : "no"));
-}
-
-/** Other pages lead here with a domain, and with its memory switched on. */
-function takeFromAddress() {
-  const query = new URLSearchParams(location.search);
-  if (query.has("domain")) sessionStorage.setItem("olympus-chat-domain", query.get("domain"));
-  if (query.has("memory")) sessionStorage.setItem(MEMORY_KEY, "yes");
-}
-
-function domain() {
-  return byId("domain").value.trim() || defaults.domain;
-}
-
-function requestBody(messages) {
-  const system = byId("system").value.trim();
-  const body = { messages: system ? [{ role: "system", content: system }, ...messages] : messages };
-  if (model?.name) body.model = model.name;
-  if (byId("temperature").value !== "") body.temperature = byId("temperature").valueAsNumber;
-  if (byId("max-tokens").value !== "") body.max_tokens = byId("max-tokens").valueAsNumber;
-  body.olympus = { session: session, domain: domain() };
-  if (byId("memory").checked) body.olympus.memory = true;
-  return body;
-}
+// -- what the next message becomes -------------------------------------------------------------------------------
 
 function showBecomes() {
   const next = defaults.newestId === null ? "" : ` #${defaults.newestId + 1}`;
-  byId("becomes").textContent = `This exchange becomes experience${next} in domain ${domain()}.`;
+  const also = comparing() ? ` Asked twice: with ${without()}, and without.` : "";
+  byId("becomes").textContent = `This exchange becomes experience${next} in domain ${chosenDomain(defaults.domain)}.${also}`;
 }
 
 // -- conversations -----------------------------------------------------------------------------------------------
@@ -99,7 +67,25 @@ function clear() {
   turns = [];
   transcript.replaceChildren(emptyBox);
   emptyBox.hidden = false;
+  byId("forget-chat").hidden = true;
+  clearAttachments();
   setTitle("New chat");
+}
+
+/** Delete the conversation with all that became of it. */
+async function forget() {
+  const sure = await confirmed({
+    title: "Delete this conversation?", action: "Delete", danger: true,
+    text: "Its exchanges leave the history, and with them the virtual tokens that it keeps. Cartridges that learned from it become stale. This cannot be taken back.",
+  });
+  if (!sure) return;
+  try {
+    const { deleted } = await api.delete(`/olympus/history?session=${encodeURIComponent(session)}`);
+    toast(`${integer(deleted)} ${deleted === 1 ? "experience was" : "experiences were"} deleted.`);
+    await open(null, true);
+  } catch (error) {
+    toast(`It was not deleted: ${error.message}`, "bad");
+  }
 }
 
 async function open(id, push) {
@@ -119,6 +105,7 @@ async function load(id) {
   const inOrder = [...experiences].reverse();
   if (inOrder.length === 0) return;
   emptyBox.hidden = true;
+  byId("forget-chat").hidden = false;
   setTitle(inOrder[0].observation.split("\n")[0].slice(0, 80));
   for (const item of inOrder) {
     addTurn(new Turn("user", item.observation));
@@ -155,20 +142,22 @@ function again() {
   answer();
 }
 
+/** Ask with what the conversation holds; with a comparison twice, one after the other. */
 async function answer() {
   const messages = turns.map((turn) => ({ role: turn.role, content: turn.text }));
-  const turn = addTurn(new Turn("assistant"));
-  turn.busy = true;
-  scrollDown(true);
+  const bodies = requestBodies(messages, { session, domain: chosenDomain(defaults.domain), model: model?.name });
+  const turn = addTurn(bodies.length > 1 ? new PairTurn(without()) : new Turn("assistant"));
+  const sides = turn.sides ?? [turn];
   setRunning(new AbortController());
   try {
-    const result = await complete(requestBody(messages), { signal: running.signal, onText: (delta) => turn.append(delta, scrollDown) });
-    const experience = result.experienceId === null ? null : { id: result.experienceId, domain: result.domain, score: null };
-    turn.finish(measurements(result), experience);
-    if (result.experienceId !== null) defaults.newestId = Math.max(defaults.newestId ?? 0, result.experienceId);
+    for (const [index, side] of sides.entries()) {
+      const result = await write(side, bodies[index]);
+      if (result.workspace) turn.showInside(result.workspace, result.trace);
+      turn.measured?.(index, result);
+    }
     announce(`Answer finished: ${turn.text.slice(0, 300)}`);
   } catch (error) {
-    settleFailure(turn, error);
+    settleFailure(turn, sides, error);
   } finally {
     setRunning(null);
     offerAgain();
@@ -178,14 +167,27 @@ async function answer() {
   }
 }
 
-function settleFailure(turn, error) {
+/** One streamed answer into `turn`; resolves to what `complete` measured. */
+async function write(turn, body) {
+  turn.busy = true;
+  scrollDown(true);
+  const result = await complete(body, { signal: running.signal, onText: (delta) => turn.append(delta, scrollDown) });
+  const experience = result.experienceId === null ? null : { id: result.experienceId, domain: result.domain, score: null };
+  turn.finish([...measurements(result), body.store === false ? "not written down" : null].filter(Boolean), experience);
+  if (result.experienceId !== null) defaults.newestId = Math.max(defaults.newestId ?? 0, result.experienceId);
+  return result;
+}
+
+function settleFailure(turn, sides, error) {
+  const open = sides.filter((side) => side.foot.hidden); // the others are finished
   if (error.name === "AbortError") {
-    turn.finish([turn.text ? "stopped by you; what was written is kept in the history" : "stopped before the first word"], null);
+    const kept = open[0] === sides[0] ? "stopped by you; what was written is kept in the history" : "stopped by you";
+    for (const side of open) side.finish([side.text ? kept : "stopped before the first word"], null);
     return;
   }
   // About the model the server says itself whether and when to try again.
   const wait = error.retryAfter && error.code !== "model_not_ready" ? ` Try again in ${error.retryAfter} s.` : "";
-  turn.fail(`${sentence(error.message)}${wait}`);
+  for (const side of open) side.fail(`${sentence(error.message)}${wait}`);
   if (!turn.text) {
     // The question was not answered: give it back for another try.
     turns = turns.slice(0, -1);
@@ -210,7 +212,7 @@ function setRunning(controller) {
 function send(text) {
   const content = text.trim();
   if (content === "" || running) return;
-  const invalid = DRAFT_KEYS.map(byId).find((field) => !field.checkValidity());
+  const invalid = invalidField();
   if (invalid) {
     byId("composer").querySelector("details").open = true;
     invalid.reportValidity();
@@ -222,6 +224,7 @@ function send(text) {
     history.replaceState(null, "", `/chat?session=${encodeURIComponent(session)}`);
   }
   addTurn(new Turn("user", content));
+  byId("forget-chat").hidden = false;
   prompt.value = "";
   answer();
 }
@@ -242,6 +245,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") running?.abort();
 });
 byId("new-chat").addEventListener("click", () => open(null, true));
+byId("forget-chat").addEventListener("click", forget);
 for (const button of document.querySelectorAll(".suggestion")) button.addEventListener("click", () => send(button.textContent));
 window.addEventListener("popstate", () => open(new URLSearchParams(location.search).get("session"), false));
 window.addEventListener("modelstate", ({ detail }) => { model = detail; });
@@ -252,7 +256,7 @@ live.on("history", (data) => {
 });
 
 async function start() {
-  restoreParameters();
+  wireOptions(showBecomes);
   showBecomes();
   readStatus().then((status) => {
     defaults = { domain: status.default_domain ?? defaults.domain, newestId: status.history?.newest_id ?? defaults.newestId };

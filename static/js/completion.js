@@ -4,11 +4,15 @@ import { ApiError, errorFrom, signIn } from "./api.js";
 import { readEvents } from "./sse.js";
 
 /** Stream an answer. Calls `onText(delta)` for each piece and resolves to
-    {finishReason, tokens, seconds, firstTokenSeconds, experienceId, domain, endedBy, memory}.
+    {text, finishReason, tokens, promptTokens, cartridgeSlots, seconds, firstTokenSeconds, experienceId, domain, endedBy,
+    memory, cartridges, workspace, trace}; what was not asked for is null or empty.
     Rejects with ApiError, or with an AbortError when `signal` was aborted. */
 export async function complete(body, { signal, onText }) {
   const begun = performance.now();
-  const result = { finishReason: null, tokens: null, seconds: 0, firstTokenSeconds: null, experienceId: null, domain: null, endedBy: null, memory: null };
+  const result = {
+    text: "", finishReason: null, tokens: null, promptTokens: null, cartridgeSlots: 0, seconds: 0, firstTokenSeconds: null,
+    experienceId: null, domain: null, endedBy: null, memory: null, cartridges: [], workspace: null, trace: null,
+  };
   const response = await open(body, signal);
   for await (const message of readEvents(response.body)) {
     if (message.data === null || message.data === undefined) continue;
@@ -18,21 +22,31 @@ export async function complete(body, { signal, onText }) {
     const choice = chunk.choices?.[0];
     if (choice?.delta?.content) {
       result.firstTokenSeconds ??= (performance.now() - begun) / 1000;
+      result.text += choice.delta.content;
       onText(choice.delta.content);
     }
     if (choice?.finish_reason) result.finishReason = choice.finish_reason;
-    if (chunk.usage) result.tokens = chunk.usage.completion_tokens;
+    if (chunk.usage) takeUsage(result, chunk.usage);
     if (chunk.olympus) {
       result.experienceId = chunk.olympus.experience_id;
       result.domain = chunk.olympus.domain;
       result.endedBy = chunk.olympus.ended_by;
       result.memory = chunk.olympus.memory ?? null;
+      result.cartridges = chunk.olympus.cartridges ?? [];
+      result.trace = chunk.olympus.trace ?? null;
     }
   }
   if (signal.aborted) throw new DOMException("stopped", "AbortError");
   if (result.finishReason === null) throw new ApiError("the connection ended before the answer did", 0, "cut_off", null);
   result.seconds = (performance.now() - begun) / 1000;
   return result;
+}
+
+function takeUsage(result, usage) {
+  result.tokens = usage.completion_tokens;
+  result.promptTokens = usage.prompt_tokens;
+  result.cartridgeSlots = usage.cartridge_slots ?? 0;
+  result.workspace = usage.workspace ?? null;
 }
 
 async function open(body, signal) {

@@ -3,6 +3,7 @@
 import { h, s, toast } from "./dom.js";
 import { api } from "./api.js";
 import { duration, isNumber } from "./format.js";
+import { insideView } from "./inside_view.js";
 import { renderText } from "./markdown.js";
 
 const ICONS = {
@@ -20,14 +21,15 @@ function iconButton(icon, label, onclick, props = {}) {
 export class Turn {
   #frame = null;
 
-  constructor(role, text = "") {
+  /** `names`: {who, label} above and for screen readers, where the role does not say enough. */
+  constructor(role, text = "", names = {}) {
     this.role = role;
     this.text = text;
     this.experienceId = null;
     this.body = h("div", { class: "turn-body" });
     this.foot = h("div", { class: "turn-foot" });
-    this.element = h("article", { class: "turn", dataset: { role }, "aria-label": role === "user" ? "You said" : "The model answered" },
-      h("p", { class: "turn-who" }, role === "user" ? "You" : "Olympus"), this.body, this.foot);
+    this.element = h("article", { class: "turn", dataset: { role }, "aria-label": names.label ?? (role === "user" ? "You said" : "The model answered") },
+      h("p", { class: "turn-who" }, names.who ?? (role === "user" ? "You" : "Olympus")), this.body, this.foot);
     this.foot.hidden = true;
     this.tools = null;
     this.show();
@@ -66,6 +68,11 @@ export class Turn {
     this.foot.hidden = false;
   }
 
+  /** What the workspace did, below the line of measurements. */
+  showInside(report, trace) {
+    this.element.append(insideView(report, trace));
+  }
+
   /** Show the button that asks for another answer; null takes it away. */
   offerAgain(onclick) {
     this.tools?.querySelector(".again")?.remove();
@@ -95,13 +102,20 @@ function thumbs({ id, score }) {
   return [up, down];
 }
 
+/** Tokens per second after the first one; null where there is only one. */
+export function speedOf(result) {
+  const writing = result.seconds - (result.firstTokenSeconds ?? 0);
+  return result.tokens > 1 && writing > 0 ? (result.tokens - 1) / writing : null;
+}
+
 /** "12.3 tokens/s", "first token after 0.4 s", ... from what `complete` measured. */
 export function measurements(result) {
   const facts = [];
-  const writing = result.seconds - (result.firstTokenSeconds ?? 0);
-  if (result.tokens > 1 && writing > 0) facts.push(`${((result.tokens - 1) / writing).toFixed(1)} tokens/s`);
+  const speed = speedOf(result);
+  if (speed !== null) facts.push(`${speed.toFixed(1)} tokens/s`);
   if (result.firstTokenSeconds !== null) facts.push(`first token after ${duration(result.firstTokenSeconds)}`);
   if (result.tokens !== null) facts.push(`${result.tokens} ${result.tokens === 1 ? "token" : "tokens"}`);
+  if (result.cartridges.length > 0 && !result.memory) facts.push(`with ${result.cartridges.join(", ")}`);
   if (result.memory) facts.push(result.memory.cartridge ? `remembered with ${result.memory.cartridge}` : `without memory: ${result.memory.reason}`);
   if (result.endedBy === "timeout") facts.push("cut: it took longer than this server allows");
   else if (result.finishReason === "length") facts.push("cut at the longest answer allowed");

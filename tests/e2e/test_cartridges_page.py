@@ -103,7 +103,7 @@ def test_distil_watch_and_ask(watched: Watched) -> None:
     page.get_by_role("link", name="Chat with it").click()
     page.locator(".parameters summary").click()
     assert page.input_value("#domain") == "support"
-    assert page.is_checked("#memory")
+    assert page.input_value("#cartridge") == "of the domain"
     page.fill("#max-tokens", "8")
     page.fill("#prompt", "where is my letter?")
     page.keyboard.press("Enter")
