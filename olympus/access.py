@@ -125,11 +125,11 @@ class KeyStore:
         return None if row is None else _principal(row)
 
     def list(self) -> Sequence[dict[str, Any]]:
-        """All keys, oldest first, never their secrets."""
+        """All keys, oldest first, never their secrets. ``state``: ``active``, ``expired`` or ``revoked``."""
         columns = ("id", "name", "scopes", "created_at", "expires_at", "last_used_at", "revoked_at")
         with self._database.read() as session:
             rows = session.scalars(sa.select(ApiKey).order_by(ApiKey.created_at, ApiKey.id))
-            return [{column: getattr(row, column) for column in columns} for row in rows]
+            return [{column: getattr(row, column) for column in columns} | {"state": _state(row)} for row in rows]
 
     def revoke(self, key_id: str, *, actor: str = "local") -> bool:
         """Make a key invalid at once; False when there is no active key with that id."""
@@ -168,6 +168,12 @@ class KeyStore:
 def _unrevoked() -> sa.Select[ApiKey]:
     alive = sa.or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > time.time())
     return sa.select(ApiKey).where(ApiKey.revoked_at.is_(None), alive)
+
+
+def _state(row: ApiKey) -> str:
+    if row.revoked_at is not None:
+        return "revoked"
+    return "expired" if row.expires_at is not None and row.expires_at <= time.time() else "active"
 
 
 def _principal(row: ApiKey) -> Principal:

@@ -166,6 +166,11 @@ class ContinuousKernelTrainer:
         with self._lock:
             return self._threads.get(kernel_id)
 
+    def at_work(self) -> int:
+        """How many kernels have a thread now."""
+        with self._lock:
+            return len(self._threads)
+
     def is_busy(self, kernel_id: str) -> bool:
         """True while a thread works on the kernel."""
         return self.thread_of(kernel_id) is not None

@@ -101,6 +101,9 @@ class CoverageWatch:
         self._closing = threading.Event()
         self._news = threading.Event()
         self._thread: threading.Thread | None = None
+        #: A round of the watch; the runtime puts in its place what also notes the outcome (``timetable.py``).
+        self.perform: Callable[[], object] = self.look
+        self.next_at: float | None = None  #: the earliest next round, in seconds since the epoch
 
     def start(self) -> None:
         """Begin to watch, if the settings want it; what the history holds already is looked at first."""
@@ -137,14 +140,23 @@ class CoverageWatch:
     # -- inside -----------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        while not self._closing.wait(self._settings.coverage_seconds) and not self._stopping.is_set():
-            if not self._news.wait(self._settings.coverage_seconds) or self._closing.is_set():
+        pause = self._settings.coverage_seconds
+        self.next_at = time.time() + pause
+        while not self._closing.wait(pause) and not self._stopping.is_set():
+            if not self._news.wait(pause) or self._closing.is_set():
+                self.next_at = time.time() + pause
                 continue
             self._news.clear()
             try:
-                self.look()
+                self.perform()
             except Exception:  # the watch must outlive a database that is briefly gone
                 log.exception("the look for badly served domains failed; trying again with the next experience")
+            self.next_at = time.time() + pause
+        self.next_at = None
+
+    def look_in_words(self) -> str:
+        """``look``, for the timetable."""
+        return "; ".join(f"{told['domain']}: {told['outcome']}" for told in self.look())
 
     def _propose(self, gap: Gap) -> dict[str, Any]:
         log.info("badly served", domain=gap.domain, reason=gap.reason, detail=gap.detail, experiences=gap.experiences)

@@ -23,6 +23,7 @@ from memory.episodic import EpisodicMemory
 from memory.history import History, Record
 from olympus.access import KeyStore
 from olympus.admission import Admission
+from olympus.audit import AuditLog
 from olympus.cartridge_desk import CartridgeDesk
 from olympus.chat import ChatService
 from olympus.chat_cartridges import ChatCartridges
@@ -30,7 +31,11 @@ from olympus.chat_memory import ChatMemory
 from olympus.distillery import Distillery
 from olympus.embeddings import Embeddings
 from olympus.errors import ModelNotReady
+from olympus.forgetting import Forgetting
+from olympus.kernel_desk import KernelDesk
 from olympus.remembering import MemoryDisabled, make_memory
+from olympus.timetable import COVERAGE, Timetable, coverage_job
+from olympus.vitals import Vitals
 from olympus.workbench import Workbench, correct_experience, forget_experiences, make_workbench
 from olympus.zeus import Zeus
 from settings import LOOPBACK_HOSTS, Settings, SettingsError
@@ -71,10 +76,15 @@ class Runtime:
         self.database = Database(settings.database_url, busy_timeout_ms=settings.database.busy_timeout_ms)
         self.history = History(self.database)
         self.keys = KeyStore(self.database, settings.server.api_key)
+        self.audit = AuditLog(self.database)
         self.admission = Admission(settings.server.max_chats, settings.server.max_streams)
         self.zeus = Zeus(
             settings, self.database, self.history, self.hub, self.stop_event, serving_busy=self._engine_is_busy
         )
+        self.kernel_desk = KernelDesk(self.zeus, self.audit)
+        self.timetable = Timetable()
+        self.timetable.add(coverage_job(self.zeus.governor.watch, settings.kernels))
+        self.zeus.governor.watch.perform = lambda: self.timetable.perform(COVERAGE)
         self.cartridges = CartridgeRegistry(self.database, settings.cartridge_dir)
         self.shelf = CartridgeShelf(self.cartridges, settings.cartridges.memory_bytes)
         self.cartridge_desk = CartridgeDesk(
@@ -102,7 +112,10 @@ class Runtime:
             self.hub,
             settings.data_dir / "distillation",
             is_stale=self.cartridge_desk.is_stale,
+            timetable=self.timetable,
         )
+        self.forgetting = Forgetting(self.database, self.history)
+        self.vitals = Vitals(self.hub, settings.data_dir, self._counts)
         self._memory = make_memory(settings, self.database, self.history, self._somebody_waits)
         self.embeddings = Embeddings(settings.memory.episodic.embedding, settings.model.cache_dir, lambda: self.engine)
         self.workbench = Workbench(None, "no model is loaded")
@@ -138,6 +151,7 @@ class Runtime:
             if self._memory is not None:
                 self._memory.start()
             self.zeus.start()
+            self.vitals.start()
         except BaseException:
             if self._memory is not None:
                 self._memory.stop()
@@ -164,6 +178,7 @@ class Runtime:
         if self.started_at is None:
             return
         begun = time.monotonic()
+        self.vitals.stop()
         self.distillery.shutdown(deadline / 4)
         if self._engine is not None:
             self._engine.stop(timeout=min(5.0, deadline / 4))
@@ -266,6 +281,18 @@ class Runtime:
 
     def _engine_is_busy(self) -> bool:
         return self._engine is not None and self._engine.stats().active > 0
+
+    def _counts(self) -> dict[str, int]:
+        """What ``Vitals`` notes beside CPU and memory."""
+        engine = None if self._engine is None else self._engine.stats()
+        admitted = self.admission.counts()
+        return {
+            "generating": 0 if engine is None else engine.active,
+            "waiting": 0 if engine is None else engine.waiting,
+            "chats": admitted["chats"],
+            "streams": admitted["streams"],
+            "training": self.zeus.trainer.at_work(),
+        }
 
     def _somebody_waits(self) -> bool:
         return self._engine_is_busy() or not self.zeus.gate.is_empty

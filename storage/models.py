@@ -247,13 +247,13 @@ class ApiKey(Base):
 
 
 class AuditEvent(Base):
-    """Who changed what, append-only."""
+    """Who changed what, append-only: triggers of the database refuse to change or remove a row (migration 0006)."""
 
     __tablename__ = "audit"
 
     id: Mapped[int] = mapped_column(_Id, primary_key=True, autoincrement=True)
     at: Mapped[float] = mapped_column(Float, default=time.time, index=True)
-    actor: Mapped[str] = mapped_column(String(64))
-    action: Mapped[str] = mapped_column(String(64))
-    target: Mapped[str] = mapped_column(String(128))
+    actor: Mapped[str] = mapped_column(String(64), index=True)
+    action: Mapped[str] = mapped_column(String(64), index=True)
+    target: Mapped[str] = mapped_column(String(128), index=True)
     detail: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)

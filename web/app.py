@@ -15,22 +15,26 @@ from olympus.errors import ModelNotReady
 from settings import ROOT, Settings, load_settings
 from telemetry.metrics import EngineTotals, Metrics, Sources
 from web import (
+    administration,
     auth,
     cartridges,
     distillation,
     embeddings,
     errors,
+    forgetting,
     headers,
     history,
     history_files,
     kernel_files,
     kernels,
+    keys,
     memory,
     openai,
     ops,
     pages,
     pantheon,
     stream,
+    system,
     tokasaurus,
 )
 from web.assets import Assets
@@ -58,13 +62,15 @@ def create_app(settings: Settings | None = None, runtime: Runtime | None = None)
         checkpoint=kernels.CheckpointName,
         run=distillation.RunId,
         cartridge=cartridges.CartridgeId,
+        key=keys.KeyId,
     )
     if server.trusted_proxies > 0:
         hops = server.trusted_proxies
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]
     _install(app, runtime)
     kept = (kernels, kernel_files, pantheon, history, history_files, memory, cartridges, distillation)
-    for module in (ops, openai, embeddings, tokasaurus, *kept, stream, pages):
+    admin = (keys, administration, system, forgetting)
+    for module in (*admin, ops, openai, embeddings, tokasaurus, *kept, stream, pages):
         app.register_blueprint(module.blueprint)
     auth.check_every_view_is_guarded(app)
     return app

@@ -29,7 +29,7 @@ def page() -> ResponseReturnValue:
         domain=query.domain, session_id=query.session, before=query.before, limit=query.limit
     )
     following = found[-1].id if len(found) == query.limit else None
-    return jsonify({"experiences": [_shown(record) for record in found], "next_before": following})
+    return jsonify({"experiences": [shown(record) for record in found], "next_before": following})
 
 
 @blueprint.post("/history")
@@ -38,7 +38,7 @@ def append() -> ResponseReturnValue:
     """Write down what an agent elsewhere lived through; a known ``request_id`` is not written again."""
     fields = parse_body(ExperienceBody).model_dump()
     fields["domain"] = fields["domain"] or runtime().settings.kernels.default_domain
-    return jsonify(_shown(runtime().history.append([NewExperience(source="agent", **fields)])[0])), 201
+    return jsonify(shown(runtime().history.append([NewExperience(source="agent", **fields)])[0])), 201
 
 
 @blueprint.delete("/history")
@@ -66,7 +66,7 @@ def one(experience_id: int) -> ResponseReturnValue:
     record = runtime().history.get(experience_id)
     if record is None or record.deleted:
         raise _unknown(experience_id)
-    return jsonify({**_shown(record), "messages": record.messages})
+    return jsonify({**shown(record), "messages": record.messages})
 
 
 @blueprint.delete(f"/history/{_ID}")
@@ -86,7 +86,7 @@ def feedback(experience_id: int) -> ResponseReturnValue:
     record = runtime().history.give_feedback(experience_id, body.feedback, body.score)
     if record is None:
         raise _unknown(experience_id)
-    return jsonify(_shown(record))
+    return jsonify(shown(record))
 
 
 @blueprint.post(f"/history/{_ID}/correct")
@@ -97,7 +97,7 @@ def correct(experience_id: int) -> ResponseReturnValue:
     record = runtime().correct(experience_id, actor=principal().id, **body.model_dump())
     if record is None:
         raise _unknown(experience_id)
-    return jsonify(_shown(record)), 201
+    return jsonify(shown(record)), 201
 
 
 @blueprint.get("/sessions")
@@ -111,7 +111,7 @@ def _unknown(experience_id: int) -> ApiError:
     return ApiError(404, "experience_not_found", f"there is no experience {experience_id}, or it was deleted")
 
 
-def _shown(record: Record) -> dict[str, Any]:
+def shown(record: Record) -> dict[str, Any]:
     """A record without the whole request: 200 of those could be as many megabytes."""
     shown = asdict(record)
     del shown["messages"], shown["deleted"]

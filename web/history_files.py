@@ -13,7 +13,7 @@ from flask.typing import ResponseReturnValue
 from memory.snapshots import export_snapshot, import_snapshot
 from storage.files import PARTIAL_PREFIX
 from web.auth import requires
-from web.context import runtime
+from web.context import principal, runtime
 from web.errors import ApiError
 from web.jsonio import parse_query, read_body
 from web.schemas import HistoryExportQuery, HistoryImportQuery
@@ -63,8 +63,9 @@ def import_history() -> ResponseReturnValue:
         path = Path(folder, "history.jsonl")
         path.write_bytes(read_body())
         report = import_snapshot(serving.history, path, domain=domain)
-    bad = [{"line": line, "reason": reason} for line, reason in report.bad[:_BAD_SHOWN]]
     counts = {"imported": report.imported, "known": report.known, "deleted": report.deleted}
+    serving.audit.note(principal().id, "history.import", domain, {**counts, "bad_lines": len(report.bad)})
+    bad = [{"line": line, "reason": reason} for line, reason in report.bad[:_BAD_SHOWN]]
     return jsonify({**counts, "bad_lines": len(report.bad), "bad": bad})
 
 

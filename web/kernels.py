@@ -95,35 +95,35 @@ def experiences(kernel_id: str) -> ResponseReturnValue:
 @requires("kernels:write")
 def pause(kernel_id: str) -> ResponseReturnValue:
     """Stop training until ``resume``."""
-    return jsonify(runtime().zeus.pause(kernel_id))
+    return jsonify(runtime().kernel_desk.pause(kernel_id, actor=principal().id))
 
 
 @blueprint.post("/<kernel:kernel_id>/resume")
 @requires("kernels:write")
 def resume(kernel_id: str) -> ResponseReturnValue:
     """Train on."""
-    return jsonify(runtime().zeus.resume(kernel_id))
+    return jsonify(runtime().kernel_desk.resume(kernel_id, actor=principal().id))
 
 
 @blueprint.post("/<kernel:kernel_id>/stop")
 @requires("kernels:write")
 def stop(kernel_id: str) -> ResponseReturnValue:
     """End training."""
-    return jsonify(runtime().zeus.stop(kernel_id))
+    return jsonify(runtime().kernel_desk.stop(kernel_id, actor=principal().id))
 
 
 @blueprint.post("/<kernel:kernel_id>/checkpoint")
 @requires("kernels:write")
 def checkpoint(kernel_id: str) -> ResponseReturnValue:
     """Save a training kernel now."""
-    return jsonify(runtime().zeus.checkpoint_now(kernel_id)), 201
+    return jsonify(runtime().kernel_desk.checkpoint_now(kernel_id, actor=principal().id)), 201
 
 
 @blueprint.post("/<kernel:kernel_id>/checkpoints/<checkpoint:name>/restore")
 @requires("kernels:write")
 def restore(kernel_id: str, name: str) -> ResponseReturnValue:
     """Go back to a checkpoint's weights."""
-    return jsonify(runtime().zeus.restore(kernel_id, name))
+    return jsonify(runtime().kernel_desk.restore(kernel_id, name, actor=principal().id))
 
 
 @blueprint.post("/<kernel:kernel_id>/checkpoints/<checkpoint:name>/pin")
@@ -141,14 +141,14 @@ def unpin(kernel_id: str, name: str) -> ResponseReturnValue:
 
 
 def _pinned(kernel_id: str, name: str, pinned: bool) -> dict[str, Any]:
-    return runtime().zeus.pin(kernel_id, name, pinned)
+    return runtime().kernel_desk.pin(kernel_id, name, pinned, actor=principal().id)
 
 
 @blueprint.delete("/<kernel:kernel_id>/checkpoints/<checkpoint:name>")
 @requires("kernels:write")
 def delete_checkpoint(kernel_id: str, name: str) -> ResponseReturnValue:
     """Remove a checkpoint that nothing needs."""
-    return jsonify(runtime().zeus.delete_checkpoint(kernel_id, name))
+    return jsonify(runtime().kernel_desk.delete_checkpoint(kernel_id, name, actor=principal().id))
 
 
 @blueprint.delete("/<kernel:kernel_id>")

@@ -66,6 +66,34 @@ def memory() -> ResponseReturnValue:
     return render_template("memory.html", page="memory")
 
 
+@blueprint.get("/system")
+@requires(ANY)
+def system() -> ResponseReturnValue:
+    """What the process uses, live."""
+    return render_template("system.html", page="system")
+
+
+@blueprint.get("/scheduler")
+@requires(ANY)
+def scheduler() -> ResponseReturnValue:
+    """What happens by itself, and when."""
+    return render_template("scheduler.html", page="scheduler")
+
+
+@blueprint.get("/settings")
+@requires(ANY)
+def settings() -> ResponseReturnValue:
+    """Keys, and the configuration in use."""
+    return render_template("settings.html", page="settings")
+
+
+@blueprint.get("/audit")
+@requires(ANY)
+def audit() -> ResponseReturnValue:
+    """Who did what."""
+    return render_template("audit.html", page="audit")
+
+
 @blueprint.get("/login")
 def login() -> ResponseReturnValue:
     """The sign-in form."""
@@ -87,6 +115,7 @@ def sign_in() -> ResponseReturnValue:
         return render_template("login.html", page="login", next=destination, error=error), 401
     response = redirect(destination or "/", 303)
     _authenticator().cookies.write(request, response, found.id)
+    runtime().audit.note(found.id, "session.begin", found.id)
     log.info("signed in", key_id=found.id)
     return response
 
@@ -97,6 +126,7 @@ def logout() -> ResponseReturnValue:
     """End this browser's session."""
     response = redirect("/login", 303)
     _authenticator().cookies.clear(request, response)
+    runtime().audit.note(principal().id, "session.end", principal().id)
     log.info("signed out", key_id=principal().id)
     return response
 

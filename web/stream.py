@@ -30,7 +30,7 @@ blueprint = Blueprint("stream", __name__)
 
 SCOPE = "kernels:read"
 KERNEL_TOPICS = ("kernel.state", "kernel.metric", "kernel.checkpoint", "kernel.drift")
-TOPICS = ("model", "history", "chat", *KERNEL_TOPICS, "kernel.proposal", "cartridge", "distillation")
+TOPICS = ("model", "history", "chat", *KERNEL_TOPICS, "kernel.proposal", "cartridge", "distillation", "system")
 _TICK_SECONDS = 0.5
 _HEARTBEAT_SECONDS = 5.0  # proxies cut silent connections after a minute, the dashboard calls 10 s of silence stale
 _RECHECK_SECONDS = 2.0
