@@ -37,7 +37,7 @@ def read_arguments(
 def run_parts(doc: str | None, parts: Sequence[str], title: str, package: str, circumstances: Circumstances) -> int:
     """Run ``benchmarks.<package>.<part>.run(options)`` for each part; print it, and with ``--write`` keep it.
 
-    A part whose data is absent is skipped with the reason.
+    A part whose data is absent is skipped with the reason; one with ``circumstances`` describes its own.
     """
     arguments = read_arguments(doc, parts, f"benchmarks/results/{title}")
     options = Options(arguments.seeds, arguments.quick, data_folder())
@@ -50,7 +50,8 @@ def run_parts(doc: str | None, parts: Sequence[str], title: str, package: str, c
         except MissingData as missing:
             print(f"## {name}\n\nskipped: {missing}\n", flush=True)
             continue
-        text = f"# {title}: {name}\n\n{circumstances(options, time.perf_counter() - begun)}\n\n{body}\n"
+        described = getattr(part, "circumstances", circumstances)(options, time.perf_counter() - begun)
+        text = f"# {title}: {name}\n\n{described}\n\n{body}\n"
         print(text, flush=True)
         if arguments.write:
             target = ROOT / "benchmarks" / "results" / title / f"{name}.md"
