@@ -1,11 +1,12 @@
 """The engine: many generations, one frozen model, one worker thread.
 
-The worker gives every running generation one token per round, in turn, and prefills at most one chunk of one prompt
-per round, so that a long prompt slows running streams by one chunk at a time and never stops them. Requests beyond
-``max_active`` wait in order; beyond ``max_waiting`` they are refused at once.
+The worker gives every running generation one token per round, all of them in one forward pass, and prefills at most
+one chunk of one prompt per round, so that a long prompt slows running streams by one chunk at a time and never stops
+them. Requests beyond ``max_active`` wait in order; beyond ``max_waiting`` they are refused at once.
 
 An error in one generation ends that one. The engine knows neither HTTP nor sessions: a request brings what it needs
-as an argument (``request_context``). Sampling is in ``sampling.py``, a step in ``stepping.py``.
+as an argument (``request_context``). Sampling is in ``sampling.py``, a round in ``stepping.py``, the reuse of prompts
+read before in ``prefix_cache.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -27,9 +28,10 @@ from workspace.generation import Generation
 from workspace.harmony_output import choose_output
 from workspace.models import LoadedModel
 from workspace.prefix import KVPrefix, fit_prefix
+from workspace.prefix_cache import PrefixCache, PrefixCacheStats, prefix_digest
 from workspace.prompting import Prompting
 from workspace.sampling import Sampler, SamplingParams
-from workspace.stepping import advance
+from workspace.stepping import Batching, Stepper
 
 if TYPE_CHECKING:  # imported with the first grammar
     from workspace.constraints import Grammar, Grammars
@@ -38,10 +40,17 @@ logger = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]
 
+#: Tokens of a block of the store: of a prompt that begins like another one, at most so many less one are read again.
+_BLOCK = 64
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot. Totals count from the start of the engine; ``finished`` counts by reason."""
+    """A snapshot. Totals count from the start of the engine; ``finished`` counts by reason.
+
+    ``decode_rows / decode_passes`` is how many generations shared a pass. ``cached_tokens`` of all prompt tokens came
+    from the store of earlier prompts, whose state is ``prefix_cache``; None where there is none.
+    """
 
     alive: bool
     active: int
@@ -52,6 +61,10 @@ class EngineStats:
     prompt_tokens: int
     completion_tokens: int
     busy_seconds: float  #: time the worker spent in steps
+    decode_passes: int = 0  #: forward passes over tokens of answers
+    decode_rows: int = 0  #: tokens of answers that they took
+    cached_tokens: int = 0
+    prefix_cache: PrefixCacheStats | None = None
 
 
 class Engine:
@@ -59,6 +72,8 @@ class Engine:
 
     ``threads`` is the number of cores for one forward pass; 0 leaves one of the machine's cores to the rest.
     ``compiled`` makes the step of one token with ``torch.compile``: minutes in ``warm_up``, quicker afterwards.
+    ``batching`` "exact" computes every generation alone. ``prefix_cache_bytes`` bounds what is kept of prompts and
+    answers for prompts that begin the same way; 0 keeps nothing.
     """
 
     def __init__(
@@ -70,18 +85,30 @@ class Engine:
         threads: int,
         prefill_chunk: int = 256,
         compiled: CompileOptions | None = None,
+        batching: Batching = "batched",
+        prefix_cache_bytes: int = 0,
     ):
-        if max_active < 1 or max_waiting < 0 or threads < 0 or prefill_chunk < 1:
+        if max_active < 1 or prefill_chunk < 1 or min(max_waiting, threads, prefix_cache_bytes) < 0:
             raise ValueError(
-                "max_active and prefill_chunk must be at least 1, max_waiting and threads at least 0, got "
-                f"{max_active}, {prefill_chunk}, {max_waiting}, {threads}"
+                "max_active and prefill_chunk must be at least 1, max_waiting, threads and prefix_cache_bytes at least "
+                f"0, got {max_active}, {prefill_chunk}, {max_waiting}, {threads}, {prefix_cache_bytes}"
             )
+        if batching not in get_args(Batching):
+            raise ValueError(f"batching must be one of {', '.join(get_args(Batching))}, got {batching!r}")
         self.loaded = loaded
         self.threads = threads or max(1, usable_cores() - 1)
         self._max_active = max_active
         self._max_waiting = max_waiting
-        self._prefill_chunk = prefill_chunk
-        self._forward = Forward(loaded, compiled)
+        # Exact: a beginning is taken over only where a prompt read whole would have had the same passes.
+        block = prefill_chunk if batching == "exact" else min(_BLOCK, prefill_chunk)
+        self._store = PrefixCache(prefix_cache_bytes, block) if prefix_cache_bytes else None
+        self._stepper = Stepper(
+            Forward(loaded, compiled),
+            eos_ids=loaded.eos_ids,
+            prefill_chunk=prefill_chunk,
+            batching=batching,
+            store=self._store,
+        )
         self._prompting = Prompting(loaded)
         self._grammars: Grammars | None = None
         self._changed = threading.Condition()  # guards everything below
@@ -89,7 +116,7 @@ class Engine:
         self._active: list[Generation] = []
         self._worker: threading.Thread | None = None
         self._stopping = False
-        self._submitted = self._refused = self._prompt_tokens = self._completion_tokens = 0
+        self._submitted = self._refused = self._prompt_tokens = self._completion_tokens = self._cached_tokens = 0
         self._finished: Counter[str] = Counter()
         self._busy_seconds = 0.0
 
@@ -187,6 +214,7 @@ class Engine:
         """
         if grammar is not None and params.ignore_eos:
             raise InvalidSampling("ignore_eos", "not with a grammar, which says where the answer ends")
+        prefix_id = prefix_digest(prefix) if self._store is not None else ""
         if prefix is not None:
             prefix = fit_prefix(self.loaded, prefix)
         prompt_ids, params = self._prompting.prepare(
@@ -204,6 +232,7 @@ class Engine:
             output=choose_output(self.loaded, prompt_ids, tools, one_call=one_call),
             context=request_context,
             prefix=prefix,
+            prefix_id=prefix_id,
         )
         with self._changed:
             if self._worker is None or self._stopping:
@@ -229,6 +258,10 @@ class Engine:
                 prompt_tokens=self._prompt_tokens,
                 completion_tokens=self._completion_tokens,
                 busy_seconds=self._busy_seconds,
+                decode_passes=self._stepper.passes,
+                decode_rows=self._stepper.rows,
+                cached_tokens=self._cached_tokens,
+                prefix_cache=None if self._store is None else self._store.stats(),
             )
 
     def check_invariants(self) -> None:
@@ -239,6 +272,8 @@ class Engine:
             assert not set(map(id, self._active)) & set(map(id, self._waiting))
             assert self._submitted == len(self._active) + len(self._waiting) + sum(self._finished.values())
             assert all(generation.cache is None for generation in self._waiting), "waiting requests hold no cache"
+        if self._store is not None:
+            self._store.check_invariants()
 
     def _places_taken(self) -> int:
         """Unfinished generations; one that has just finished is in the list until the end of its round."""
@@ -279,26 +314,11 @@ class Engine:
             return True
 
     def _round(self) -> None:
-        """One token for every generation that has its prompt in the cache, and one prompt chunk for the first other.
-
-        Only this thread changes ``_active`` while it runs, so it is read without the lock.
-        """
+        """One round of all active generations; only this thread changes ``_active``, so it is read without the lock."""
         started = time.perf_counter()
-        prefilling = next((item for item in self._active if not item.prefilled), None)
-        for generation in self._active:
-            if self._stopping:
-                break
-            if generation.prefilled or generation is prefilling or generation.cancelled:
-                self._step(generation)
+        self._stepper.round(self._active, lambda: self._stopping)
         with self._changed:
             self._busy_seconds += time.perf_counter() - started
-
-    def _step(self, generation: Generation) -> None:
-        try:
-            advance(generation, self._forward, eos_ids=self.loaded.eos_ids, prefill_chunk=self._prefill_chunk)
-        except Exception as error:  # whatever a request, its context or its tokens provoke stays with that request
-            logger.exception("generation %d failed", generation.id)
-            generation.finish("error", f"{type(error).__name__}: {error}")
 
     def _retire(self) -> None:
         with self._changed:
@@ -324,6 +344,7 @@ class Engine:
         self._finished[finished.reason] += 1
         self._prompt_tokens += finished.usage.prompt_tokens
         self._completion_tokens += finished.usage.completion_tokens
+        self._cached_tokens += finished.usage.cached_tokens
 
 
 def usable_cores() -> int:

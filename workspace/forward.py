@@ -1,4 +1,4 @@
-"""One forward pass of one sequence over its own cache: the only place that calls the model.
+"""One forward pass, of one sequence or of one token of each of several: the only place that calls the model.
 
 Position ids are always passed explicitly, because a cache that drops entries (sliding windows, later a capped one)
 no longer knows them. Whatever a request wants to carry into the attention function travels as plain keyword
@@ -8,13 +8,21 @@ arguments, produced by its ``StepContext``; nothing of the model is patched and 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypedDict
 
 import torch
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, StaticCache
 
+from workspace.attention import NAMES
+from workspace.context import Context
 from workspace.models import LoadedModel
+from workspace.row_batch import RowBatch
+from workspace.row_cache import RowCache, Rows
+
+logger = logging.getLogger(__name__)
 
 
 class StepContext(Protocol):
@@ -70,6 +78,8 @@ class PassiveContext:
 
 #: Static caches come in multiples of this many tokens: few sizes, few compilations.
 _STATIC_STEP = 512
+#: How far logits of a pass of several may be from those of single passes, relative to their norm.
+_ROUNDING = 0.02
 
 
 class CompileOptions(TypedDict, total=False):
@@ -79,8 +89,18 @@ class CompileOptions(TypedDict, total=False):
     backend: str
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence's part in a pass of several: ``token_id`` at ``position``, after what ``cache`` holds."""
+
+    token_id: int
+    position: int
+    cache: RowCache
+    context: Context | None = None
+
+
 class Forward:
-    """Runs the model for one sequence at a time; holds no state besides the model, so it may be shared."""
+    """Runs the model; holds no state besides it, so it may be shared."""
 
     def __init__(self, loaded: LoadedModel, compiled: CompileOptions | None = None):
         self._model = loaded.model
@@ -92,14 +112,14 @@ class Forward:
         self._takes_positions = "position_ids" in parameters  # models with ALiBi have none
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 
-    def new_cache(self, tokens: int = _STATIC_STEP) -> Cache:
+    def new_cache(self, tokens: int = _STATIC_STEP, *, soon: int | None = None) -> Cache:
         """An empty cache for ``tokens``, with the layers (full, sliding, ...) that the model's configuration asks for.
 
-        It grows by itself, but for compiled steps, which would be compiled anew whenever a shape changes: those get
-        one of a fixed size.
+        It grows by itself, from room for ``soon`` tokens on; but for compiled steps, which would be compiled anew
+        whenever a shape changes: those get one of a fixed size.
         """
         if not self._static:
-            return DynamicCache(config=self._model.config)
+            return RowCache(self._model.config, room=tokens if soon is None else min(tokens, soon))
         return StaticCache(config=self._model.config, max_cache_len=-(-tokens // _STATIC_STEP) * _STATIC_STEP)
 
     def __call__(self, token_ids: Sequence[int], cache: Cache, start: int, extra: Mapping[str, Any]) -> torch.Tensor:
@@ -111,3 +131,52 @@ class Forward:
         model = self._step if len(token_ids) == 1 else self._model
         logits: torch.Tensor = model(input_ids=ids, **kwargs).logits  # [1, 1, V]
         return logits[0, -1].float()
+
+    def together(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Append each row's token to its own cache in one pass; logits [R, V] in float32.
+
+        Rows may be of any lengths and see nothing of each other: each attends to its own cache. Only the sums of the
+        linear layers may round differently than alone. If the pass fails, no cache has changed.
+        """
+        caches = Rows([row.cache for row in rows])
+        model = self._model(
+            input_ids=torch.tensor([[row.token_id] for row in rows], device=self._device),  # [R, 1]
+            position_ids=torch.tensor([[row.position] for row in rows], device=self._device),
+            past_key_values=caches,
+            use_cache=True,
+            workspace=RowBatch(caches, tuple(row.context for row in rows)),
+            **self._last_only,
+        )
+        logits: torch.Tensor = model.logits[:, -1].float()
+        caches.commit()
+        return logits
+
+    @torch.inference_mode()
+    def rows_agree(self) -> bool:
+        """Whether ``together`` gives what single passes give: tried on two short sequences, instead of trusting names.
+
+        False for a model whose attention is not ours or has layers of other kinds, and for compiled steps.
+        """
+        config = self._model.config.get_text_config()
+        if self._static or not self._takes_positions or config._attn_implementation not in NAMES.values():
+            return False
+        prompts = ([0, 1, 2], [2, 1, 0, 1, 2])
+        pairs = [[self.new_cache() for _ in range(2)] for _ in prompts]
+        if not all(isinstance(cache, RowCache) and cache.batchable for pair in pairs for cache in pair):
+            return False
+        try:
+            for prompt, pair in zip(prompts, pairs, strict=True):
+                for cache in pair:
+                    self(prompt, cache, 0, {})
+            alone = [self([1], pair[0], len(prompt), {}) for prompt, pair in zip(prompts, pairs, strict=True)]
+            rows = [Row(1, len(prompt), pair[1]) for prompt, pair in zip(prompts, pairs, strict=True)]  # type: ignore[arg-type]
+            found = self.together(rows)
+        except Exception:  # whatever an unknown architecture does with arguments that it does not know
+            logger.warning("several sequences in one pass fail for this model; each is computed alone", exc_info=True)
+            return False
+        wanted = torch.stack(alone)
+        # A mistake in masks or positions moves logits by whole units; rounding of bfloat16 by some hundredths of them.
+        agree = bool((found - wanted).norm() <= _ROUNDING * wanted.norm())
+        if not agree:
+            logger.warning("sequences in one pass do not give what each gives alone; each is computed alone")
+        return agree

@@ -23,6 +23,7 @@ from workspace.text import StopMatcher
 
 if TYPE_CHECKING:
     from workspace.forward import StepContext
+    from workspace.prefix_cache import Chain
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -51,13 +52,14 @@ class Usage:
     """Token counts. The answer's count includes reasoning and the token that ended it, as OpenAI counts.
 
     ``reasoning_tokens`` is None for models whose output has no reasoning channel. ``cartridge_slots`` were attended
-    beside the prompt's tokens, which do not include them.
+    beside the prompt's tokens, which do not include them. ``cached_tokens`` of the prompt were not read again.
     """
 
     prompt_tokens: int
     completion_tokens: int
     reasoning_tokens: int | None = None
     cartridge_slots: int = 0
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,7 @@ class Generation:
         output: OutputParser,
         context: StepContext | None = None,
         prefix: KVPrefix | None = None,
+        prefix_id: str = "",
     ):
         self.id = next(_numbers)
         self.prompt_ids = prompt_ids
@@ -114,8 +117,11 @@ class Generation:
         self.limit = limit  #: most tokens to generate: the request's wish, or what the context has left
         self.context = context
         self.prefix = prefix  #: fills the cache before the prompt; shared with others and never changed
+        self.prefix_id = prefix_id  #: what it holds (``prefix_digest``), for the reuse of what follows it
         # Touched by the engine's thread only.
         self.cache: Cache | None = None
+        self.chain: Chain | None = None  #: its way through the store of prompts read before
+        self.cached_tokens = 0  #: tokens of the prompt that came from there
         self.position = 0  #: tokens of the text in the cache, without the prefix's slots
         self.token_ids: list[int] = []
         self.sampler = sampler
@@ -224,12 +230,18 @@ class Generation:
                 return
             if reason != "error":
                 self._publish_held_back()
-            self.cache = None
+            self.cache = self.chain = None
             if self.context is not None:  # before anybody can see that it is finished: what it keeps is part of the end
                 self.context.ended()
             self._finished = Finished(
                 reason=reason,
-                usage=Usage(len(self.prompt_ids), len(self.token_ids), self._output.reasoning_tokens, self.slots),
+                usage=Usage(
+                    len(self.prompt_ids),
+                    len(self.token_ids),
+                    self._output.reasoning_tokens,
+                    self.slots,
+                    self.cached_tokens,
+                ),
                 text="".join(self._pieces),
                 token_ids=tuple(self.token_ids),
                 timings=self._timings(),
@@ -245,6 +257,7 @@ class Generation:
         """Raise ``AssertionError`` if the state contradicts itself."""
         assert 0 <= self.position <= len(self.prompt_ids) + len(self.token_ids)
         assert len(self.token_ids) <= self.limit, (len(self.token_ids), self.limit)
+        assert 0 <= self.cached_tokens < len(self.prompt_ids)
         if self._finished is not None:
             assert self.cache is None, "a finished generation holds no cache"
             assert self._done.is_set()

@@ -18,6 +18,7 @@ from workspace.errors import InvalidWorkspace, UnsupportedModel
 from workspace.models import LoadedModel
 from workspace.residuals import LayerHooks, Turning
 from workspace.rope import RopeHandle
+from workspace.row_batch import RowBatch
 
 _MOST_DEFAULT_LAYERS = 6
 
@@ -101,9 +102,11 @@ class HookedModel:
 
     def _check_context(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before every pass: what is for un-hooked layers would be lost without a word."""
-        context: Context | None = kwargs.get("workspace")
-        if context is not None:
-            self._check_layers(context)
+        carried: Context | RowBatch | None = kwargs.get("workspace")
+        contexts = carried.contexts if isinstance(carried, RowBatch) else (carried,)
+        for context in contexts:
+            if context is not None:
+                self._check_layers(context)
 
     def _check_layers(self, context: Context) -> None:
         recorded = () if context.recorder is None else context.recorder.layers

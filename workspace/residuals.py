@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from workspace.context import Context, Delta, Recorder
 from workspace.errors import UnsupportedModel
 from workspace.rope import LayerRope
+from workspace.row_batch import RowBatch
 
 
 class Turning:
@@ -66,8 +67,11 @@ class LayerHooks:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Pass on cosine and sine, which ``self_attn`` consumes, where the attention function has a use for them."""
-        context: Context | None = kwargs.get("workspace")
-        if context is None or not (self._index in context.segments or self._recorder(context) is not None):
+        context: Context | RowBatch | None = kwargs.get("workspace")
+        if isinstance(context, RowBatch):
+            if not context.on(self._index):
+                return None
+        elif context is None or not (self._index in context.segments or self._recorder(context) is not None):
             return None
         back = self._turning.back(kwargs["position_embeddings"])
         return args, {**kwargs, "workspace_rope": self._turning.rope, "workspace_back": back}
@@ -76,15 +80,19 @@ class LayerHooks:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
         """Add the delta, or leave it for ``after_norm``; leave the recorder for ``before_feedforward``."""
-        context: Context | None = kwargs.get("workspace")
-        self._note.recorder = self._note.addend = None
+        context: Context | RowBatch | None = kwargs.get("workspace")
+        self._note.recorder = self._note.addend = self._note.rows = None
         if context is None:
             return None
-        self._note.recorder = self._recorder(context)
-        delta = context.deltas.get(self._index)
-        if delta is None:
+        if isinstance(context, RowBatch):
+            self._note.rows = rows = context.on(self._index)
+            addend = _row_addends(rows, self._index, kwargs["position_ids"], output[0])
+        else:
+            self._note.recorder = self._recorder(context)
+            delta = context.deltas.get(self._index)
+            addend = None if delta is None else _addend(delta, kwargs["position_ids"], output[0])
+        if addend is None:
             return None
-        addend = _addend(delta, kwargs["position_ids"], output[0])
         if self._sandwich:
             self._note.addend = addend
             return None
@@ -96,11 +104,18 @@ class LayerHooks:
         return None if addend is None else output + addend
 
     def before_feedforward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Show the residual stream [R, T, hidden], which is the input of this norm, to the recorder."""
+        """Show the residual stream [R, T, hidden], which is the input of this norm, to the recorder, or to each row's."""
         recorder, self._note.recorder = self._note.recorder, None
+        rows, self._note.rows = self._note.rows, None
+        residual: Tensor = args[0]
         if recorder is not None:
-            residual: Tensor = args[0]
-            recorder.residuals[self._index] = residual if recorder.whole else residual[:, -1]
+            self._show(recorder, residual)
+        for row, context in rows or ():
+            if (own := self._recorder(context)) is not None:
+                self._show(own, residual[row : row + 1])
+
+    def _show(self, recorder: Recorder, residual: Tensor) -> None:
+        recorder.residuals[self._index] = residual if recorder.whole else residual[:, -1]
 
     def _recorder(self, context: Context) -> Recorder | None:
         recorder = context.recorder
@@ -112,6 +127,17 @@ def _addend(delta: Delta, position_ids: Tensor, like: Tensor) -> Tensor:
     reached = position_ids >= delta.first.to(like.device)[:, None]  # [R, T]
     vector = delta.vector.to(device=like.device, dtype=like.dtype)
     return torch.where(reached[..., None], vector if vector.ndim == 3 else vector[:, None], 0.0)
+
+
+def _row_addends(rows: list[tuple[int, Context]], layer: int, position_ids: Tensor, like: Tensor) -> Tensor | None:
+    """[R, 1, hidden]: each row's own addend, zero for rows without; None where no row has one."""
+    found = [(row, context.deltas[layer]) for row, context in rows if layer in context.deltas]
+    if not found:
+        return None
+    addends = torch.zeros_like(like)
+    for row, delta in found:
+        addends[row : row + 1] = _addend(delta, position_ids[row : row + 1], like[row : row + 1])
+    return addends
 
 
 def _places(layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module | None]:
