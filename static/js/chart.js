@@ -1,7 +1,8 @@
 /* Line charts over training steps, drawn by uPlot (vendored, global `uPlot`).
 
    One setData per animation frame however many points arrive; colours come from the design tokens and follow the
-   theme. The words and the table beside a chart are the page's business. */
+   theme. Drag zooms in, Shift and drag moves, Ctrl and the wheel (or two fingers) zooms, a double click shows all; a
+   view that the reader chose stays while numbers arrive. The words and the table beside a chart are the page's business. */
 
 import { decimal, integer, isNumber } from "./format.js";
 import { h } from "./dom.js";
@@ -52,8 +53,10 @@ export class StepChart {
   #data = null;
   #frame = null;
   #logarithmic = false;
+  #view = null; // {min, max} in steps, chosen by the reader; null: all
 
-  /** `options`: {series: [{label, token, width, dash}], range: (u, min, max) => [low, high], height, draw(u), sync}. */
+  /** `options`: {series: [{label, token, width, dash}], range: (u, min, max) => [low, high], height, draw(u), sync,
+      onView(view)}. */
   constructor(box, options) {
     this.#box = box;
     this.#options = options;
@@ -66,9 +69,85 @@ export class StepChart {
     this.#data = data;
     this.#frame ??= requestAnimationFrame(() => {
       this.#frame = null;
-      if (this.#plot) this.#plot.setData(this.#data);
+      if (this.#plot) this.#update();
       else this.#make();
     });
+  }
+
+  #update() {
+    if (this.#view === null) {
+      this.#plot.setData(this.#data);
+      return;
+    }
+    this.#plot.batch(() => {
+      this.#plot.setData(this.#data, false);
+      this.#plot.setScale("x", this.#view);
+    });
+  }
+
+  /** What the reader looks at, in steps: {min, max}, or null for all. */
+  get view() {
+    return this.#view;
+  }
+
+  /** Show `view`, kept within the data; null shows all. Does nothing before the first data. */
+  setView(view) {
+    if (!this.#plot) return;
+    const steps = this.#data[0];
+    const [first, last] = [steps[0], steps.at(-1)];
+    if (view === null || view.max - view.min >= last - first) {
+      this.#plot.setScale("x", { min: first, max: last });
+      return;
+    }
+    const min = Math.min(Math.max(view.min, first), last - (view.max - view.min));
+    this.#plot.setScale("x", { min, max: min + Math.max(view.max - view.min, 2) });
+  }
+
+  /** Zoom by `factor` (below 1: closer) around the share `at` (0 left, 1 right) of the view, and move by `shift` views. */
+  move({ factor = 1, shift = 0, at = 0.5 }) {
+    if (!this.#plot) return;
+    const { min, max } = this.#plot.scales.x;
+    const width = max - min;
+    const left = min + at * width * (1 - factor) + shift * width;
+    this.setView({ min: left, max: left + factor * width });
+  }
+
+  /** Forget the drawing: the next data may have other series. */
+  clear(series) {
+    this.#plot?.destroy();
+    this.#plot = null;
+    this.#view = null;
+    this.#options = { ...this.#options, series };
+  }
+
+  #viewed(plot) {
+    const { min, max } = plot.scales.x;
+    const steps = plot.data[0];
+    const all = !isNumber(min) || (min <= steps[0] && max >= steps.at(-1));
+    const before = this.#view;
+    this.#view = all ? null : { min, max };
+    if (before?.min !== this.#view?.min || before?.max !== this.#view?.max) this.#options.onView?.(this.#view);
+  }
+
+  /** Shift and drag moves what is seen; Ctrl and the wheel zooms. Plain wheels go on scrolling the page. */
+  #wireMoves(plot) {
+    plot.over.addEventListener("wheel", (event) => {
+      if (!event.ctrlKey && !event.metaKey) return;
+      event.preventDefault();
+      const box = plot.over.getBoundingClientRect();
+      this.move({ factor: event.deltaY < 0 ? 0.8 : 1.25, at: (event.clientX - box.left) / box.width });
+    }, { passive: false });
+    plot.over.addEventListener("mousedown", (event) => {
+      if (!event.shiftKey || event.button !== 0) return;
+      event.stopImmediatePropagation(); // uPlot would begin to select
+      const [from, { min, max }] = [event.clientX, { ...plot.scales.x }];
+      const drag = ({ clientX }) => {
+        const shift = ((from - clientX) / plot.over.clientWidth) * (max - min);
+        this.setView({ min: min + shift, max: max + shift });
+      };
+      document.addEventListener("mousemove", drag);
+      document.addEventListener("mouseup", () => document.removeEventListener("mousemove", drag), { once: true });
+    }, { capture: true });
   }
 
   /** A logarithmic scale shows what is still being learned late; a linear one how far it has come. */
@@ -77,7 +156,9 @@ export class StepChart {
     if (!this.#plot) return;
     this.#plot.destroy();
     this.#plot = null;
+    const view = this.#view;
     this.#make();
+    if (view !== null) this.setView(view);
   }
 
   redraw() {
@@ -102,7 +183,7 @@ export class StepChart {
         axisOf({ size: 48, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : String(Number(tick.toPrecision(3))))) }),
       ],
       series: [{ label: "Step", value: (plot, step) => integer(isNumber(step) ? step : plot.data[0].at(-1)) }, ...series.map(seriesOf)],
-      hooks: { drawClear: draw ? [draw] : [] },
+      hooks: { drawClear: draw ? [draw] : [], setScale: [(plot, key) => key === "x" && this.#viewed(plot)], ready: [(plot) => this.#wireMoves(plot)] },
     }, this.#data, this.#box);
   }
 

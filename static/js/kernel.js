@@ -1,10 +1,11 @@
 /* One kernel: live charts, convergence, numbers, checkpoints, actions. */
 
-import { announce, byId, h, reconcile, replace, toast } from "./dom.js";
+import { announce, byId, h, replace, toast } from "./dom.js";
 import { api } from "./api.js";
-import { ago, bytes, decimal, duration, integer, isNumber, measured, percent } from "./format.js";
+import { decimal, duration, integer, isNumber, measured, percent } from "./format.js";
 import { drawGuides, StepChart } from "./chart.js";
 import { conditionItem, conditionsOf, sentence, sentenceOf } from "./convergence.js";
+import { Checkpoints } from "./kernel_checkpoints.js";
 import { wireForms } from "./kernel_forms.js";
 import { domainText, stateBadge, stateText } from "./kernel_view.js";
 import { Metrics } from "./metrics.js";
@@ -14,8 +15,8 @@ const id = byId("kernel").dataset.kernelId;
 const path = `/olympus/kernels/${encodeURIComponent(id)}`;
 const metrics = new Metrics(`${path}/metrics`);
 const TABLE_ROWS = 50;
-const NEVER_DELETED = ["latest", "pinned", "in_use"];
 const WIDE_SPAN = 20; // on a linear scale, what is below 1/20 of the top looks like zero
+const checkpoints = new Checkpoints(path, () => refresh());
 let kernel = null;
 let gone = false; // deleted: whatever is asked now would be answered with 404
 
@@ -26,10 +27,18 @@ const LOSS = [
   { column: "loss", label: "Training", token: "--chart-train", width: 1.25 },
   { column: "baseline_loss", label: "Baseline", token: "--chart-baseline", width: 1.5, dash: [6, 5] },
 ];
+const DRIFT = [{ column: "basin_drift", label: "Drift", token: "--olive", width: 2 }];
+const PACE = [{ column: "step_ms", label: "Milliseconds", token: "--chart-train", width: 1.5 }];
 const PHI = [{ column: "phi", label: "Φ", token: "--chart-phi", width: 2 }];
 
 const lossChart = new StepChart(byId("loss-chart"), { series: LOSS, height: 300, sync: "steps", range: lossRange });
 const phiChart = new StepChart(byId("phi-chart"), { series: PHI, height: 220, sync: "steps", range: () => [0, 1], draw: drawPhi });
+const driftChart = new StepChart(byId("drift-chart"), { series: DRIFT, height: 150, sync: "steps", range: fromZero });
+const paceChart = new StepChart(byId("step-chart"), { series: PACE, height: 150, sync: "steps", range: fromZero });
+
+function fromZero(_, low, high) {
+  return [0, isNumber(high) && high > 0 ? 1.1 * high : 1];
+}
 
 function lossRange(_, low, high) {
   if (!isNumber(low) || !isNumber(high)) return [0, 1];
@@ -80,6 +89,14 @@ function renderCharts() {
   ].join(" ");
   const phi = metrics.last("phi");
   byId("phi-summary").textContent = isNumber(phi) ? `Now ${decimal(phi)}. The band is the mean and standard deviation of the last 100 values, once there are 100.` : "";
+  drawOrWait(driftChart, byId("drift-chart"), DRIFT, "Not measured yet.");
+  drawOrWait(paceChart, byId("step-chart"), PACE, "No step yet.");
+  const [drift, pace] = [metrics.last("basin_drift"), metrics.last("step_ms")];
+  byId("pace-summary").textContent = [
+    isNumber(drift) ? `Its mean basin lies ${decimal(drift)} from that of its best weights (Fisher-Rao, at most 3.142).` : "",
+    isNumber(pace) ? `A step takes ${duration(pace / 1000)}.` : "",
+  ].join(" ");
+  renderTwin("pace-table", [...DRIFT, ...PACE]);
   renderTwin("loss-table", LOSS);
   renderTwin("phi-table", [...PHI, { column: "kappa", label: "κ" }]);
 }
@@ -210,44 +227,6 @@ byId("delete-dialog").addEventListener("close", async (event) => {
   }
 });
 
-// -- checkpoints -------------------------------------------------------------------------------------------------
-
-function checkpointRow(item) {
-  const button = (label, run) => h("button", { class: "button", type: "button", dataset: { size: "small" }, onclick: run, "aria-label": `${label} the checkpoint of step ${item.step}` }, label);
-  const place = `${path}/checkpoints/${encodeURIComponent(item.id)}`;
-  const change = async (action) => {
-    try {
-      await (action === "delete" ? api.delete(place) : api.post(`${place}/${action}`));
-      toast(`Checkpoint of step ${integer(item.step)}: ${action} done.`);
-    } catch (error) {
-      toast(`Checkpoint of step ${integer(item.step)}: ${error.message}`, "bad");
-    }
-    await refresh();
-  };
-  const kept = item.kept_by.map((rule) => rule.replaceAll("_", " ")).join(", ") || "nothing: it goes next";
-  return h("tr", {},
-    h("th", { scope: "row" }, `Step ${integer(item.step)}`),
-    h("td", { "data-label": "Written" }, ago(item.created_at)),
-    h("td", { class: "num", "data-label": "Held-out" }, measured(item.metrics.holdout, decimal, "not measured before it was written")),
-    h("td", { class: "num", "data-label": "Φ" }, measured(item.metrics.phi, decimal, "not measured before it was written")),
-    h("td", { class: "num", "data-label": "Size" }, bytes(item.bytes)),
-    h("td", { class: "wide", "data-label": "Kept by" }, item.valid === false ? h("strong", {}, "damaged: it is not used") : kept),
-    h("td", { class: "wide" }, h("span", { class: "button-row" }, button(item.pinned ? "Unpin" : "Pin", () => change(item.pinned ? "unpin" : "pin")), button("Restore", () => change("restore")),
-      item.kept_by.some((rule) => NEVER_DELETED.includes(rule)) ? null : button("Delete", () => change("delete")))));
-}
-
-async function readCheckpoints() {
-  const page = await api.get(`${path}/checkpoints`);
-  const body = byId("cp-table").tBodies[0];
-  byId("cp-note").textContent = page.checkpoints.length === 0 ? "" : `${integer(page.checkpoints.length)} on disk, ${bytes(page.total_bytes)}`;
-  if (page.checkpoints.length === 0) {
-    body.replaceChildren(h("tr", {}, h("td", { colspan: 7, class: "empty wide" }, "None yet. One is written every few hundred steps, and whenever training stops.")));
-    return;
-  }
-  const newestFirst = [...page.checkpoints].sort((a, b) => b.step - a.step);
-  reconcile(body, newestFirst, (item) => item.id, checkpointRow);
-}
-
 // -- wiring ------------------------------------------------------------------------------------------------------
 
 async function readStatus() {
@@ -262,7 +241,7 @@ async function readMetrics() {
 
 async function refresh() {
   if (gone) return;
-  const results = await Promise.allSettled([readStatus(), readMetrics(), readCheckpoints()]);
+  const results = await Promise.allSettled([readStatus(), readMetrics(), checkpoints.read()]);
   const failed = results.find((result) => result.status === "rejected");
   if (!failed) return;
   byId("kernel-sentence").textContent = failed.reason.status === 404 ? "There is no such kernel. It may have been deleted." : `Not up to date: ${failed.reason.message}`;
@@ -271,7 +250,7 @@ async function refresh() {
 const quietly = (run) => () => gone || run().catch((error) => console.debug("kernel:", error.message));
 const metricsSoon = throttle(quietly(readMetrics), 500);
 const statusSoon = throttle(quietly(readStatus), 2000);
-const checkpointsSoon = throttle(quietly(readCheckpoints), 1000);
+const checkpointsSoon = throttle(quietly(() => checkpoints.read()), 1000);
 const speakSoon = throttle(() => announce(byId("kernel-sentence").textContent), 30_000);
 
 live.on("kernel.metric", (data) => {

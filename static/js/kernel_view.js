@@ -28,15 +28,19 @@ export function kernelPath(id) {
   return `/kernels/${encodeURIComponent(id)}`;
 }
 
-/** The six columns of a line of GET /olympus/kernels. */
-function row(kernel) {
+/** The six columns of a line of GET /olympus/kernels, and with `choosing` a box to compare it. */
+function row(kernel, choosing) {
   const reason = kernel.state_reason || "the next examination has not come yet";
   const cell = (label, value) => h("td", { class: "num", "data-label": label }, measured(value, decimal, reason));
   return h("tr", {},
     h("th", { scope: "row" }, h("a", { href: kernelPath(kernel.kernel_id) }, kernel.god_name), h("span", { class: "sub" }, domainText(kernel.domain))),
     h("td", { "data-label": "State" }, stateBadge(kernel.state, stateText(kernel))),
     h("td", { class: "num", "data-label": "Step" }, integer(kernel.step)),
-    cell("Held-out loss", kernel.holdout_loss), cell("Baseline", kernel.baseline_loss), cell("Φ", kernel.phi));
+    cell("Held-out loss", kernel.holdout_loss), cell("Baseline", kernel.baseline_loss), cell("Φ", kernel.phi),
+    choosing ? h("td", { class: "choose", "data-label": "Compare" }, h("input", {
+      type: "checkbox", checked: kernel.chosen, disabled: !kernel.chosen && !kernel.room, "aria-label": `Compare ${kernel.god_name}, ${kernel.kernel_id}`,
+      onchange: (event) => choosing.choose(kernel.kernel_id, event.currentTarget.checked),
+    })) : null);
 }
 
 /** The state, with the place in the queue when it stands in one. */
@@ -54,15 +58,23 @@ function visible(kernel) {
   return { kernel_id, god_name, domain, state, state_reason, queue_position, step, holdout_loss, baseline_loss, phi };
 }
 
-/** Fill `table`'s body with one row per kernel. */
-export function renderKernels(table, kernels, emptyText) {
+/** Fill `table`'s body with one row per kernel. `choosing`: {chosen: Set of ids, room, choose(id, on)} or null. */
+export function renderKernels(table, kernels, emptyText, choosing = null) {
   const body = table.tBodies[0];
   table.tHead.hidden = kernels.length === 0;
   if (kernels.length === 0) {
-    body.replaceChildren(h("tr", {}, h("td", { colspan: 6, class: "empty wide" }, emptyText)));
+    body.replaceChildren(h("tr", {}, h("td", { colspan: choosing ? 7 : 6, class: "empty wide" }, emptyText)));
     return;
   }
-  reconcile(body, kernels.map(visible), (kernel) => kernel.kernel_id, row);
+  const items = kernels.map((kernel) => (choosing ? { ...visible(kernel), chosen: choosing.chosen.has(kernel.kernel_id), room: choosing.room } : visible(kernel)));
+  const focused = document.activeElement?.getAttribute("aria-label");
+  reconcile(body, items, (kernel) => kernel.kernel_id, (kernel) => row(kernel, choosing));
+  if (choosing && focused && !document.activeElement?.closest("table")) refocus(body, focused);
+}
+
+/** A row that was drawn anew while its box had the focus gets it back. */
+function refocus(body, label) {
+  for (const box of body.querySelectorAll("input")) if (box.getAttribute("aria-label") === label) box.focus({ preventScroll: true });
 }
 
 /** Put a "kernel.metric" or "kernel.state" event into the list's object; returns false when it is unknown. */

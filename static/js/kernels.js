@@ -1,23 +1,73 @@
-/* The list of kernels and the form that spawns one. */
+/* The list of kernels: filtered, sorted, and chosen from to be compared. */
 
 import { announce, byId } from "./dom.js";
 import { api } from "./api.js";
-import { integer } from "./format.js";
+import { integer, isNumber } from "./format.js";
 import { keepFresh, live, throttle } from "./shell.js";
-import { kernelPath, mergeEvent, renderKernels } from "./kernel_view.js";
-import { describePairs, MOST_PAIRS, parsePairs } from "./pairs.js";
+import { compare, isCompared, MOST, refreshNumbers, reset, update, wireCompare } from "./compare.js";
+import { domainText, mergeEvent, renderKernels } from "./kernel_view.js";
+import { ratioOf } from "./sky.js";
+import "./kernel_spawn.js";
 
-const form = byId("spawn-form");
+const NOTHING = "No kernel yet. Spawn one with the form on this page: a domain and a few examples are enough.";
+const FILTERS = { q: "filter-text", state: "filter-state", sort: "filter-sort" };
+const ASCENDING = { loss: (kernel) => kernel.holdout_loss, gain: (kernel) => ratioOf(kernel.holdout_loss, kernel.baseline_loss), phi: (kernel) => (isNumber(kernel.phi) ? -kernel.phi : null), step: (kernel) => -kernel.step };
 let kernels = [];
-let idempotencyKey = freshKey();
+let chosen = new Set();
+let quantity = "";
 
-function freshKey() {
-  return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+// -- filter and order --------------------------------------------------------------------------------------------
+
+function wanted() {
+  const text = byId(FILTERS.q).value.trim().toLowerCase();
+  const state = byId(FILTERS.state).value;
+  const found = kernels.filter((kernel) => (state === "" || kernel.state === state)
+    && `${kernel.god_name} ${domainText(kernel.domain)} ${kernel.kernel_id}`.toLowerCase().includes(text));
+  const valueOf = ASCENDING[byId(FILTERS.sort).value];
+  return valueOf ? [...found].sort((a, b) => (valueOf(a) ?? Infinity) - (valueOf(b) ?? Infinity)) : found;
 }
 
 function render() {
-  byId("kernel-count").textContent = kernels.length === 0 ? "" : `${integer(kernels.length)} in all`;
-  renderKernels(byId("kernel-table"), kernels, "No kernel yet. Spawn one with the form on this page: a domain and a few examples are enough.");
+  const shown = wanted();
+  const all = `${integer(kernels.length)} in all`;
+  byId("kernel-count").textContent = kernels.length === 0 ? "" : shown.length < kernels.length ? `${integer(shown.length)} of ${integer(kernels.length)}` : all;
+  byId("kernel-filter").hidden = kernels.length < 2;
+  renderKernels(byId("kernel-table"), shown, kernels.length === 0 ? NOTHING : "No kernel fits. Change the filter above.", { chosen, room: chosen.size < MOST, choose });
+}
+
+function readAddress() {
+  const query = new URLSearchParams(location.search);
+  for (const [name, id] of Object.entries(FILTERS)) byId(id).value = query.get(name) ?? "";
+  for (const id of [FILTERS.state, FILTERS.sort]) if (byId(id).selectedIndex < 0) byId(id).selectedIndex = 0;
+  chosen = new Set((query.get("compare") ?? "").split(",").filter(Boolean).slice(0, MOST));
+  quantity = query.get("show") ?? "";
+}
+
+function writeAddress() {
+  const query = new URLSearchParams();
+  for (const [name, id] of Object.entries(FILTERS)) if (byId(id).value.trim()) query.set(name, byId(id).value.trim());
+  if (chosen.size > 0) query.set("compare", [...chosen].join(","));
+  if (chosen.size > 0 && quantity) query.set("show", quantity);
+  const text = query.toString().replaceAll("%2C", ",");
+  history.replaceState(null, "", `/kernels${text ? `?${text}` : ""}`);
+}
+
+// -- compare -----------------------------------------------------------------------------------------------------
+
+function choose(id, on) {
+  if (on) chosen.add(id);
+  else chosen.delete(id);
+  writeAddress();
+  render();
+  showComparison();
+}
+
+async function showComparison() {
+  try {
+    await compare([...chosen].filter((id) => kernels.some((kernel) => kernel.kernel_id === id)));
+  } catch (error) {
+    byId("compare-note").textContent = `not up to date: ${error.message}`;
+  }
 }
 
 async function refresh() {
@@ -26,65 +76,48 @@ async function refresh() {
     render();
   } catch (error) {
     byId("kernel-count").textContent = `not up to date: ${error.message}`;
+    return;
   }
+  await showComparison();
 }
 
-function showError(text) {
-  const box = byId("spawn-error");
-  box.hidden = text === "";
-  box.textContent = text;
-}
+// -- wiring ------------------------------------------------------------------------------------------------------
 
-/** The body of POST /olympus/kernels/spawn, or null after showing what is wrong. */
-function spawnBody() {
-  const invalid = [...form.elements].find((field) => field.willValidate && !field.checkValidity());
-  if (invalid) {
-    showError(invalid.name === "domain" || invalid.name === "name" ? "A name is made of lower-case letters, digits and hyphens, and starts with a letter or digit." : invalid.validationMessage);
-    invalid.focus();
-    return null;
-  }
-  const parsed = parsePairs(form.elements.data.value);
-  if (parsed.problems.length > 0) {
-    showError(`The examples are not clear: ${describePairs(parsed)}.`);
-    return null;
-  }
-  if (parsed.pairs.length > MOST_PAIRS) {
-    showError(`At most ${integer(MOST_PAIRS)} examples at once; feed the rest on the kernel's own page.`);
-    return null;
-  }
-  const body = { domain: form.elements.domain.value.trim(), experiences: parsed.pairs, idempotency_key: idempotencyKey };
-  if (form.elements.name.value.trim()) body.name = form.elements.name.value.trim();
-  if (form.elements.preset.value) body.preset = form.elements.preset.value;
-  return body;
-}
-
-form.addEventListener("submit", async (event) => {
-  event.preventDefault();
-  showError("");
-  const body = spawnBody();
-  if (!body) return;
-  const button = form.querySelector("button[type=submit]");
-  button.disabled = true;
-  try {
-    const { kernel } = await api.post("/olympus/kernels/spawn", body);
-    idempotencyKey = freshKey();
-    announce(`Kernel ${kernel.god_name} was spawned`);
-    location.assign(kernelPath(kernel.kernel_id));
-  } catch (error) {
-    showError(`It was not spawned: ${error.message}`);
-    button.disabled = false;
-  }
-});
-
-form.elements.data.addEventListener("input", throttle(() => {
-  byId("spawn-data-count").textContent = describePairs(parsePairs(form.elements.data.value));
-}, 400));
-
+const quietly = (run) => () => run().catch((error) => console.debug("kernels:", error.message));
 const renderSoon = throttle(render, 250);
 const refreshSoon = throttle(refresh, 1500);
-live.on("kernel.metric", (data) => (mergeEvent(kernels, data) ? renderSoon() : refreshSoon()));
+const updateSoon = throttle(quietly(update), 1000);
+const numbersSoon = throttle(quietly(refreshNumbers), 3000);
+
+live.on("kernel.metric", (data) => {
+  if (mergeEvent(kernels, data)) renderSoon();
+  else refreshSoon();
+  if (!isCompared(data.kernel_id)) return;
+  updateSoon();
+  numbersSoon();
+});
 live.on("kernel.state", (data) => {
   announce(`A kernel is ${data.state}`);
   refreshSoon();
+});
+live.on("reset", reset);
+for (const id of Object.values(FILTERS)) {
+  byId(id).addEventListener("input", () => {
+    writeAddress();
+    render();
+  });
+}
+byId("compare-none").addEventListener("click", () => {
+  chosen.clear();
+  writeAddress();
+  render();
+  showComparison();
+  byId("list-title").scrollIntoView({ block: "nearest" });
+});
+
+readAddress();
+wireCompare(quantity, (value) => {
+  quantity = value;
+  writeAddress();
 });
 keepFresh(refresh);

@@ -1,19 +1,23 @@
-/* A kernel's measurements over its life: columns of equal length, fetched once and then by what is new. */
+/* A kernel's measurements over its life: columns of equal length, fetched once and then by what is new.
+
+   Never more rows than a view has room for: when there are more, older neighbours are merged into their mean, as the
+   server's own summaries do (a row speaks for all steps since the row before it). */
 
 import { api } from "./api.js";
 
 const COLUMNS = ["step", "loss", "holdout_loss", "baseline_loss", "phi", "kappa", "basin_drift", "step_ms"];
-const VIEW_POINTS = 2000;
-const MOST_POINTS = 4000; // above it, the server's down-sampled view is fetched anew
+export const VIEW_POINTS = 2000;
 
 export class Metrics {
   #path;
   #since = null;
   #busy = null;
+  #points;
   columns = Object.fromEntries(COLUMNS.map((name) => [name, []]));
 
-  constructor(path) {
+  constructor(path, points = VIEW_POINTS) {
     this.#path = path;
+    this.#points = points;
   }
 
   get length() {
@@ -32,14 +36,15 @@ export class Metrics {
   }
 
   async #fetch() {
-    const whole = this.#since === null || this.length > MOST_POINTS;
+    const whole = this.#since === null;
     const query = whole ? "" : `&since=${this.#since}`;
-    const page = await api.get(`${this.#path}?max_points=${VIEW_POINTS}${query}`);
+    const page = await api.get(`${this.#path}?max_points=${this.#points}${query}`);
     if (page.next_since !== null && page.next_since !== undefined) this.#since = page.next_since;
     for (const name of COLUMNS) {
       const values = page[name];
       this.columns[name] = whole ? values : this.columns[name].concat(values);
     }
+    while (this.length > this.#points) this.columns = merged(this.columns, Math.ceil(this.#points / 2));
     return whole || page.step.length > 0;
   }
 
@@ -49,4 +54,19 @@ export class Metrics {
     for (let index = values.length - 1; index >= 0; index -= 1) if (values[index] !== null) return values[index];
     return null;
   }
+}
+
+/** `columns` with the oldest `rows` rows merged two by two. */
+export function merged(columns, rows) {
+  const pairs = Math.floor(Math.min(rows, columns.step.length) / 2);
+  return Object.fromEntries(Object.entries(columns).map(([name, values]) => {
+    const head = Array.from({ length: pairs }, (_, index) => both(name, values[2 * index], values[2 * index + 1]));
+    return [name, head.concat(values.slice(2 * pairs))];
+  }));
+}
+
+/** One row for two: at the later step, the mean of what was measured. */
+function both(name, first, second) {
+  if (name === "step" || first === null) return second;
+  return second === null ? first : (first + second) / 2;
 }
