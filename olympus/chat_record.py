@@ -13,6 +13,8 @@ from memory.history import NewExperience, Record
 from olympus.chat_types import ChatFinished, ChatRequest, Choice, Delta, ModelCard
 from workspace.channels import ToolCall, ToolCallDelta
 
+PREFIX = "chat:"  #: of the request ids of chats in the history
+
 
 def to_experience(
     request: ChatRequest, said: str, model: ModelCard, key: str | None, finished: ChatFinished
@@ -31,7 +33,7 @@ def to_experience(
         messages=[dict(message) for message in request.messages] or None,
         meta=_meta(request, model, key, finished),
         # A retry of what was cut off shall be answered anew, so only a whole answer claims the key.
-        request_id=None if cancelled else key,
+        request_id=None if cancelled and key is not None else request_id(request),
     )
 
 
@@ -97,9 +99,16 @@ def observation(messages: tuple[Mapping[str, Any], ...]) -> str:
     return str(spoken[-1]["content"])
 
 
-def request_id(request: ChatRequest) -> str:
-    """The key under which the exchange is stored: nobody can reach another principal's answers with it."""
-    return "chat:" + hashlib.sha256(f"{request.actor}\n{request.idempotency_key}".encode()).hexdigest()
+def idempotent_id(actor: str, idempotency_key: str) -> str:
+    """64 hexadecimal digits: nobody can reach another principal's answers with the same key."""
+    return hashlib.sha256(f"{actor}\n{idempotency_key}".encode()).hexdigest()
+
+
+def request_id(request: ChatRequest) -> str | None:
+    """Under what the exchange is found again: its idempotency key, or its response's id."""
+    if request.idempotency_key is not None:
+        return PREFIX + idempotent_id(request.actor, request.idempotency_key)
+    return None if request.response is None else PREFIX + request.response.id
 
 
 def _meta(request: ChatRequest, model: ModelCard, key: str | None, finished: ChatFinished) -> dict[str, Any]:
@@ -133,6 +142,8 @@ def _meta(request: ChatRequest, model: ModelCard, key: str | None, finished: Cha
         meta["kind"] = "completion"
     if key is not None:
         meta["request_sha256"] = request.fingerprint()
+    if request.response is not None:
+        meta["response"] = {"instructed": request.response.instructed, "fields": dict(request.response.fields)}
     return meta
 
 

@@ -87,6 +87,15 @@ class ChatRun:
         self._closed = False
         service.announce(card, None)
 
+    @property
+    def response(self) -> Mapping[str, Any]:
+        """What the response repeats of its request; of a replayed one, of the request that was recorded."""
+        if self._replay is not None:
+            fields: Mapping[str, Any] = self._replay.meta["response"]["fields"]
+            return fields
+        assert self.request.response is not None, "asked of requests for a response only"
+        return self.request.response.fields
+
     def events(self, timeout: float = 1.0) -> Iterator[Delta | ChatFinished | None]:
         """Yield text as it comes and end after ``ChatFinished``; None after ``timeout`` seconds without text.
 

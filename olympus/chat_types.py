@@ -78,6 +78,19 @@ class MemoryWish:
 
 
 @dataclass(frozen=True, slots=True)
+class ResponseNote:
+    """A request in OpenAI's Responses dialect: what its response is called, and what it repeats of the request.
+
+    ``id`` is hexadecimal; ``instructed`` counts the leading messages that are its instructions, which end with it;
+    ``fields`` are JSON.
+    """
+
+    id: str
+    instructed: int
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class ChatRequest:
     """What a client wants. None means: as the settings say. ``messages`` hold plain text contents; with a ``prompt``
     (a text, or token ids) there are none: the model goes on with it as it is.
@@ -86,7 +99,8 @@ class ChatRequest:
     with its id, the ending one included (``ChatFinished.steps``). ``unrecorded``: it becomes no experience. ``n``
     choices are answered, of which the first becomes the experience. ``logit_bias`` holds (token id, bias).
     ``json_schema``: the answer shall be JSON that fits it. ``must_call``: it shall be a call of one of the ``tools``,
-    the one ``call_named`` if that is set; ``one_call``: it ends after the first call.
+    the one ``call_named`` if that is set; ``one_call``: it ends after the first call. ``response``: it is stored as a
+    response, which later requests go on from (``chat_responses``).
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -122,11 +136,13 @@ class ChatRequest:
     domain: str | None = None
     idempotency_key: str | None = None
     actor: str = "local"
+    response: ResponseNote | None = None
 
     def fingerprint(self) -> str:
         """Hex SHA-256 of what decides the answer; equal for a true retry."""
         content = {field.name: getattr(self, field.name) for field in fields(self)}
         del content["idempotency_key"], content["actor"]
+        content["response"] = self.response is not None  # what it repeats does not decide the answer
         for younger in _YOUNGER:  # the digests of older requests know nothing of them
             if not content[younger] or (younger, content[younger]) == ("n", 1):
                 del content[younger]
@@ -136,7 +152,7 @@ class ChatRequest:
 _YOUNGER = (
     "tools", "reasoning_effort", "workspace", "cartridges", "memory", "ignore_eos", "exact", "unrecorded", "n",
     "logit_bias", "prompt", "json_schema",
-    "must_call", "call_named", "one_call",
+    "must_call", "call_named", "one_call", "response",
 )  # fmt: skip
 
 

@@ -17,11 +17,9 @@ from flask.typing import ResponseReturnValue
 
 from olympus.admission import Slot
 from olympus.chat_run import ChatRun
-from olympus.chat_types import ChatFinished, Delta, ModelCard, TokenInfo
+from olympus.chat_types import ChatFinished, ChatRequest, Delta, TokenInfo
 from olympus.errors import NotReady
 from web import sse
-from web.chat_schemas import ChatBody
-from web.completion_schemas import CompletionBody
 from web.context import principal, request_id, runtime
 from web.errors import ApiError, openai_error, problem_of
 from web.openai_wire import Tokens, by_choice
@@ -39,6 +37,10 @@ _CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody reads it but the log
 class AnswerWire(Protocol):
     """The objects of one answer, in one dialect."""
 
+    @property
+    def closing(self) -> str:
+        """What stands at the end of a stream that did not fail."""
+
     def completion(self, finished: ChatFinished, tokens: Tokens | None) -> dict[str, Any]:
         """The whole answer; ``tokens`` where log-probabilities were asked for."""
 
@@ -51,23 +53,36 @@ class AnswerWire(Protocol):
     def ending(self, finished: ChatFinished) -> list[dict[str, Any]]:
         """The chunks that end a stream."""
 
+    def failure(self, error: dict[str, Any]) -> list[dict[str, Any]]:
+        """The chunks that tell of an error after the first byte; ``error`` is OpenAI's error object."""
+
+    def framed(self, chunk: dict[str, Any]) -> str:
+        """A chunk as an event."""
+
+
+class MakeRequest(Protocol):
+    """A body as what the chat service takes."""
+
+    def __call__(self, *, actor: str, idempotency_key: str | None) -> ChatRequest:
+        """``ChatBody.to_request`` and its like."""
+
 
 def answer(
-    body: ChatBody | CompletionBody, make_wire: Callable[[ModelCard, int, bool], AnswerWire]
+    make_request: MakeRequest, make_wire: Callable[[ChatRun], AnswerWire], *, stream: bool | None
 ) -> ResponseReturnValue:
-    """The answer to ``body``, streamed or not. ``make_wire(model, created, include_usage)``."""
+    """The answer to a request, streamed or not."""
     if runtime().stop_event.is_set():
         raise NotReady("the server is stopping")
     slot = runtime().admission.chat()
     try:
-        wanted = body.to_request(actor=principal().id, idempotency_key=idempotency_key())
+        wanted = make_request(actor=principal().id, idempotency_key=idempotency_key())
         exchange = Exchange(runtime().chat.open(wanted), slot)
     except BaseException:
         slot.release()
         raise
-    wire = make_wire(exchange.run.model, int(time.time()), body.include_usage)
+    wire = make_wire(exchange.run)
     headers = {"Idempotent-Replayed": "true"} if exchange.run.replayed else {}
-    if not body.stream:
+    if not stream:
         return _whole(exchange, wire, headers)
     response = sse.response(_stream(exchange, wire), headers)
     response.call_on_close(exchange.close)  # a stream that was never begun has no finally
@@ -157,11 +172,12 @@ def _tokens(deltas: list[Delta]) -> dict[int, list[TokenInfo]]:
 def _stream(exchange: Exchange, wire: AnswerWire) -> Iterator[str]:
     try:
         for chunk in wire.opening(exchange.run.request.n):
-            yield sse.event(chunk)
+            yield wire.framed(chunk)
         yield from _chunks(exchange, wire)
     except Exception as error:
         # The status line is long gone: the error becomes an event, which is what OpenAI's clients look for.
-        yield sse.event(exchange.error_object(error))
+        for chunk in wire.failure(exchange.error_object(error)):
+            yield wire.framed(chunk)
     finally:
         exchange.close()
 
@@ -174,7 +190,7 @@ def _chunks(exchange: Exchange, wire: AnswerWire) -> Iterator[str]:
             return
         if isinstance(event, ChatFinished):
             for chunk in wire.told(pending):
-                yield sse.event(chunk)
+                yield wire.framed(chunk)
             yield from _ending(event, wire)
             return
         if exchange.stopped():
@@ -184,7 +200,7 @@ def _chunks(exchange: Exchange, wire: AnswerWire) -> Iterator[str]:
         now = time.monotonic()
         if pending and now - written >= _BATCH_SECONDS:
             for chunk in wire.told(pending):
-                yield sse.event(chunk)
+                yield wire.framed(chunk)
             pending, written = [], now
         elif now - written >= _KEEP_ALIVE_SECONDS:
             yield sse.KEEP_ALIVE
@@ -195,5 +211,5 @@ def _ending(finished: ChatFinished, wire: AnswerWire) -> Iterator[str]:
     if _is_cut_off(finished):
         raise _cut_off()
     for chunk in wire.ending(finished):
-        yield sse.event(chunk)
-    yield "data: [DONE]\n\n"
+        yield wire.framed(chunk)
+    yield wire.closing

@@ -33,6 +33,7 @@ from web import (
     ops,
     pages,
     pantheon,
+    responses,
     stream,
     system,
     tokasaurus,
@@ -70,7 +71,7 @@ def create_app(settings: Settings | None = None, runtime: Runtime | None = None)
     _install(app, runtime)
     kept = (kernels, kernel_files, pantheon, history, history_files, memory, cartridges, distillation)
     admin = (keys, administration, system, forgetting)
-    for module in (*admin, ops, openai, embeddings, tokasaurus, *kept, stream, pages):
+    for module in (*admin, ops, openai, responses, embeddings, tokasaurus, *kept, stream, pages):
         app.register_blueprint(module.blueprint)
     auth.check_every_view_is_guarded(app)
     return app

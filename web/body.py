@@ -53,6 +53,14 @@ def without_nul(text: str) -> str:
     return text
 
 
+#: What clients may send as ``stop``, for the OpenAPI document.
+STOPS = (
+    Annotated[str, StringConstraints(min_length=1)]
+    | Annotated[list[Annotated[str, StringConstraints(min_length=1)]], Field(max_length=_MOST_STOPS)]
+    | None
+)
+
+
 def stop_texts(value: Any) -> Any:
     """OpenAI's two forms of ``stop`` as a tuple."""
     stops = [value] if isinstance(value, str) else value

@@ -1,7 +1,7 @@
 """OpenAI's chat completion request.
 
 ``ChatBody`` takes what clients really send (contents as text or as text parts, nulls
-for what they do not set, hints of OpenAI's own service), plus ``session`` and ``domain``. What would change the
+for what they do not set, hints of OpenAI's own service), plus our own fields. What would change the
 answer and is not built yet is refused by name; what is a hint only is accepted and ignored. Nothing is ignored that
 a client could rely on.
 """
@@ -10,37 +10,53 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
-from olympus.chat_types import ChatRequest, MemoryWish, WorkspaceWish
-from olympus.requests import Name
-from web.body import ID_LIMIT, Body, Ignored, Session, Unsupported, only, without_nul
-from web.cartridge_requests import CartridgeList, take_tags
+from olympus.chat_types import ChatRequest
+from web.body import ID_LIMIT, Body, Ignored, Unsupported, only, without_nul
+from web.cartridge_requests import take_tags
+from web.our_fields import OurFields
 from web.response_format import ResponseFormat
 from web.sampling_body import SamplingBody
-from web.tool_schemas import NamedTool, ToolBody, ToolCallBody, ToolChoice
+from web.tool_schemas import NamedTool, ToolBody, ToolCallBody, ToolChoice, check_tools, tool_wish
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
-def _flatten(content: Any) -> Any:
+_TEXTS = ("text", "input_text", "output_text")
+
+
+class TextPart(Body):
+    """A part of a content. What else clients copy from answers is ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+
+#: What clients may send as content, for the OpenAPI document.
+CONTENT = str | list[TextPart] | None
+
+
+def flatten(content: Any) -> Any:
     """OpenAI's two forms of content as one text; parts that are not text are refused by their type."""
     if not isinstance(content, list):
         return content
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind in ("text", "input_text") and isinstance(part.get("text"), str):
+        if kind in _TEXTS and isinstance(part.get("text"), str):
             texts.append(part["text"])
-        elif isinstance(kind, str) and kind not in ("text", "input_text"):
+        elif isinstance(kind, str) and kind not in _TEXTS:
             raise PydanticCustomError("unsupported", "parts of type {kind} are not supported yet", {"kind": kind[:40]})
         else:
             raise PydanticCustomError("value_error", "each part must be like {{'type': 'text', 'text': '...'}}")
     return "\n".join(texts)
 
 
-Content = Annotated[str | None, BeforeValidator(_flatten)]
+Content = Annotated[str | None, BeforeValidator(flatten, json_schema_input_type=CONTENT)]
 
 
 class Message(Body):
@@ -77,73 +93,13 @@ class Message(Body):
         return turn
 
 
-class WorkspaceBody(Body):
-    """Which parts of the workspace serve a request; what is not said is as the server's settings say."""
-
-    enabled: bool | None = None
-    virtual_kv: bool | None = None
-    residual_delta: bool | None = None
-    controller: bool | None = None
-    memory: bool | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=ID_LIMIT)] | None = None
-    trace: bool = False
-    compare: bool = False
-
-    @model_validator(mode="after")
-    def _agrees_with_itself(self) -> WorkspaceBody:
-        if self.enabled is False and (self.compare or self.trace):
-            raise PydanticCustomError("value_error", "compare and trace need the workspace; leave enabled out")
-        return self
-
-
-def _workspace(value: Any) -> Any:
-    """``true`` and ``false`` switch all of it."""
-    return {"enabled": value} if isinstance(value, bool) else value
-
-
-Workspace = Annotated[WorkspaceBody | None, BeforeValidator(_workspace)]
-
-
-class MemoryBody(Body):
-    """Whether the domain's cartridge stands in for a long history, and how many turns stay as they are."""
-
-    enabled: bool | None = None
-    recent_turns: Annotated[int, Field(ge=0, le=1000)] | None = None
-
-
-def _memory(value: Any) -> Any:
-    """``true`` and ``false``; an object is a wish for it unless it says otherwise."""
-    if isinstance(value, bool):
-        return {"enabled": value}
-    return {"enabled": True, **value} if isinstance(value, dict) else value
-
-
-Memory = Annotated[MemoryBody | None, BeforeValidator(_memory)]
-
-
-class OlympusOptions(Body):
-    """Ours, in a field of its own: clients that check OpenAI's fields pass it on as it is."""
-
-    session: Session | None = None
-    domain: Name | None = None
-    workspace: Workspace = None
-    cartridges: CartridgeList | None = None
-    memory: Memory = None
-
-
-class ChatBody(SamplingBody):
+class ChatBody(SamplingBody, OurFields):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=2000)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=ID_LIMIT)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    session: Session | None = None
-    domain: Name | None = None
-    workspace: Workspace = None
-    cartridges: CartridgeList | None = None
-    memory: Memory = None
-    olympus: OlympusOptions | None = None
     response_format: ResponseFormat | None = None
     modalities: Annotated[Any, only(["text"])] = None
     tools: Annotated[tuple[ToolBody, ...], Field(max_length=128)] | None = None
@@ -167,73 +123,41 @@ class ChatBody(SamplingBody):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> ChatBody:
-        inner = self.olympus or OlympusOptions()
-        for name, one, other in (
-            ("max_tokens and max_completion_tokens", self.max_tokens, self.max_completion_tokens),
-            ("session and olympus.session", self.session, inner.session),
-            ("domain and olympus.domain", self.domain, inner.domain),
-            ("workspace and olympus.workspace", self.workspace, inner.workspace),
-            ("cartridges and olympus.cartridges", self.cartridges, inner.cartridges),
-            ("memory and olympus.memory", self.memory, inner.memory),
-        ):
-            if one is not None and other is not None and one != other:
-                raise PydanticCustomError("value_error", "{name} differ; give one of them", {"name": name})
-        return self
-
-    @model_validator(mode="after")
-    def _can_call(self) -> ChatBody:
-        names = [tool.function.name for tool in self.tools or ()]
-        if len(set(names)) < len(names):
-            raise PydanticCustomError("value_error", "tools: each function needs a name of its own")
-        if self.tool_choice == "required" and not names:
-            raise PydanticCustomError("value_error", "tool_choice 'required' needs tools")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            name = self.tool_choice.function.name
-            raise PydanticCustomError(
-                "value_error", "tool_choice names {name}, which is not among the tools", {"name": name}
-            )
-        shaped = self.response_format is not None and self.response_format.to_schema() is not None
-        if shaped and names and self.tool_choice != "none":
-            raise PydanticCustomError(
-                "value_error", "response_format and tools exclude each other; send one, or tool_choice 'none'"
-            )
-        return self
-
-    def _one_call(self) -> bool:
-        """Several calls unless they are not wanted; of forced ones only where they are."""
-        if not self.tools or self.tool_choice == "none":
-            return False
-        wanted = self.parallel_tool_calls
-        return (
-            wanted is False
-            or isinstance(self.tool_choice, NamedTool)
-            or (self.tool_choice == "required" and not wanted)
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise PydanticCustomError("value_error", "max_tokens and max_completion_tokens differ; give one of them")
+        check_tools(
+            [tool.function.name for tool in self.tools or ()],
+            self.tool_choice if isinstance(self.tool_choice, str) else None,
+            self._named(),
+            shaped="response_format" if self.json_schema() is not None else None,
         )
+        return self
+
+    def json_schema(self) -> dict[str, Any] | None:
+        """The schema that the answer shall fit; None for free text."""
+        return None if self.response_format is None else self.response_format.to_schema()
+
+    def _named(self) -> str | None:
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
 
     def to_request(self, *, actor: str, idempotency_key: str | None) -> ChatRequest:
         """What the chat service takes."""
-        inner = self.olympus or OlympusOptions()
-        wish = self.workspace or inner.workspace
-        memory = self.memory or inner.memory
         messages, tagged = take_tags([message.to_template() for message in self.messages])
-        named = tuple(item.to_wish() for item in self.cartridges or inner.cartridges or ())
         return ChatRequest(
             **self.sampling()
             | {"max_tokens": self.max_completion_tokens if self.max_tokens is None else self.max_tokens},
             messages=messages,
-            json_schema=None if self.response_format is None else self.response_format.to_schema(),
-            tools=() if self.tool_choice == "none" else tuple(tool.to_template() for tool in self.tools or ()),
-            must_call=self.tool_choice not in (None, "none", "auto"),
-            call_named=self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None,
-            one_call=self._one_call(),
+            json_schema=self.json_schema(),
+            **tool_wish(
+                [tool.to_template() for tool in self.tools or ()],
+                self.tool_choice if isinstance(self.tool_choice, str) else None,
+                self._named(),
+                self.parallel_tool_calls,
+            ),
             logprobs=bool(self.logprobs),
             top_logprobs=self.top_logprobs or 0,
             reasoning_effort=None if self.reasoning_effort is None else str(self.reasoning_effort),
-            workspace=None if wish is None else WorkspaceWish(**wish.model_dump()),
-            cartridges=(*named, *tagged),
-            memory=None if memory is None else MemoryWish(**memory.model_dump()),
-            session_id=self.session or inner.session,
-            domain=self.domain or inner.domain,
+            **self.ours(tagged),
             idempotency_key=idempotency_key,
             actor=actor,
         )

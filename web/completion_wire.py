@@ -5,21 +5,22 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from olympus.chat_types import ChatFinished, Delta, ModelCard, TokenInfo
-from web.openai_wire import Tokens, by_choice, finish_reason, ours, packed, usage
+from web.openai_wire import PlainStream, Tokens, by_choice, finish_reason, ours, packed, usage
 
 
 @dataclass(frozen=True, slots=True)
-class CompletionWire:
+class CompletionWire(PlainStream):
     """What all objects of one completion have in common."""
 
     model: ModelCard
-    created: int
+    created: int = field(default_factory=lambda: int(time.time()))
     with_usage: bool = False
     id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     _offsets: dict[int, int] = field(default_factory=dict)  #: characters of each choice that a stream has told of

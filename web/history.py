@@ -115,4 +115,5 @@ def shown(record: Record) -> dict[str, Any]:
     """A record without the whole request: 200 of those could be as many megabytes."""
     shown = asdict(record)
     del shown["messages"], shown["deleted"]
+    shown["meta"] = {name: value for name, value in record.meta.items() if name != "response"}
     return shown

@@ -53,11 +53,15 @@ def _models() -> list[dict[str, Any]]:
 @requires("chat")
 def chat_completions() -> ResponseReturnValue:
     """Answer a conversation."""
-    return answer(parse_body(ChatBody), Wire)
+    body = parse_body(ChatBody)
+    return answer(body.to_request, lambda run: Wire(run.model, with_usage=body.include_usage), stream=body.stream)
 
 
 @blueprint.post("/completions")
 @requires("chat")
 def completions() -> ResponseReturnValue:
     """Go on with a text."""
-    return answer(parse_body(CompletionBody), CompletionWire)
+    body = parse_body(CompletionBody)
+    return answer(
+        body.to_request, lambda run: CompletionWire(run.model, with_usage=body.include_usage), stream=body.stream
+    )

@@ -9,12 +9,14 @@ from __future__ import annotations
 import base64
 import json
 import struct
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from olympus.chat_types import ChatFinished, Choice, Delta, ModelCard, Step, TokenInfo
+from web import sse
 from workspace.channels import ToolCallDelta
 
 #: OpenAI knows no time limit; to a client it is a limit on the length like any other. ``olympus`` says which it was.
@@ -41,12 +43,27 @@ def embedding_object(name: str, created: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "olympus", "task": "embedding"}
 
 
+class PlainStream:
+    """A stream of chunks as unnamed events, which ``[DONE]`` ends; an error is a chunk of its own, and ends it, too."""
+
+    __slots__ = ()
+    closing = "data: [DONE]\n\n"
+
+    def failure(self, error: dict[str, Any]) -> list[dict[str, Any]]:
+        """The error object is the chunk."""
+        return [error]
+
+    def framed(self, chunk: dict[str, Any]) -> str:
+        """One line of data."""
+        return sse.event(chunk)
+
+
 @dataclass(frozen=True, slots=True)
-class Wire:
+class Wire(PlainStream):
     """What all objects of one answer have in common."""
 
     model: ModelCard
-    created: int
+    created: int = field(default_factory=lambda: int(time.time()))
     with_usage: bool = False
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
 

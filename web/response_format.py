@@ -13,11 +13,14 @@ from pydantic_core import PydanticCustomError
 
 from web.body import Body, Ignored
 
+#: For the client alone.
+FormatName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}\z")]
+
 
 class JsonSchemaFormat(Body):
-    """A schema with a name; the name is for the client alone."""
+    """A schema with a name."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}\z")]
+    name: FormatName
     description: Ignored = None
     schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
     strict: bool | None = None

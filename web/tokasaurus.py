@@ -11,13 +11,8 @@ from __future__ import annotations
 from flask import Blueprint, jsonify
 from flask.typing import ResponseReturnValue
 
-from web.answering import answer
 from web.auth import requires
-from web.chat_schemas import ChatBody
-from web.completion_schemas import CompletionBody
-from web.completion_wire import CompletionWire
-from web.jsonio import parse_body
-from web.openai_wire import Wire
+from web.openai import chat_completions, completions
 
 blueprint = Blueprint("tokasaurus", __name__)
 
@@ -27,7 +22,7 @@ blueprint = Blueprint("tokasaurus", __name__)
 @requires("chat")
 def cartridge_chat_completions() -> ResponseReturnValue:
     """Answer a conversation with cartridges."""
-    return answer(parse_body(ChatBody), Wire)
+    return chat_completions()
 
 
 @blueprint.post("/v1/cartridge/completions")
@@ -35,7 +30,7 @@ def cartridge_chat_completions() -> ResponseReturnValue:
 @requires("chat")
 def cartridge_completions() -> ResponseReturnValue:
     """Go on with a text after cartridges."""
-    return answer(parse_body(CompletionBody), CompletionWire)
+    return completions()
 
 
 @blueprint.get("/ping")

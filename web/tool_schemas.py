@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, StringConstraints
@@ -76,3 +77,36 @@ class ToolCallBody(Body):
         """The call as chat templates take it."""
         called = {"name": self.function.name, "arguments": self.function.arguments}
         return {"id": self.id or "", "type": "function", "function": called}
+
+
+def check_tools(names: Sequence[str], choice: str | None, named: str | None, *, shaped: str | None) -> None:
+    """Raise for tools and a choice that do not go together; ``shaped``: the field that asks for JSON, if one does."""
+    if len(set(names)) < len(names):
+        raise PydanticCustomError("value_error", "tools: each function needs a name of its own")
+    if choice == "required" and not names:
+        raise PydanticCustomError("value_error", "tool_choice 'required' needs tools")
+    if named is not None and named not in names:
+        raise PydanticCustomError(
+            "value_error", "tool_choice names {name}, which is not among the tools", {"name": named}
+        )
+    if shaped is not None and names and choice != "none":
+        raise PydanticCustomError(
+            "value_error", "{shaped} and tools exclude each other; send one, or tool_choice 'none'", {"shaped": shaped}
+        )
+
+
+def tool_wish(
+    templates: Sequence[dict[str, Any]], choice: str | None, named: str | None, parallel: bool | None
+) -> dict[str, Any]:
+    """Tools and their choice as the fields of a ``ChatRequest``.
+
+    Several calls unless they are not wanted; of forced ones only where they are.
+    """
+    offered = () if choice == "none" else tuple(templates)
+    single = parallel is False or named is not None or (choice == "required" and not parallel)
+    return {
+        "tools": offered,
+        "must_call": choice == "required" or named is not None,
+        "call_named": named,
+        "one_call": bool(offered) and single,
+    }

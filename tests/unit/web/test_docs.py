@@ -21,6 +21,7 @@ from web.auth import OPEN
 from web.chat_schemas import ChatBody
 from web.completion_schemas import CompletionBody
 from web.embeddings import EmbeddingsBody
+from web.response_schemas import ResponseBody
 from web.stream import TOPICS
 from workspace.prefix import prefix_of_tokens
 
@@ -43,7 +44,7 @@ def test_every_endpoint_has_an_example() -> None:
     assert [part.splitlines()[0] for part in sections if not re.search(r"^    curl ", part, re.MULTILINE)] == []
 
 
-@pytest.mark.parametrize("model", [ChatBody, CompletionBody, EmbeddingsBody, SpawnRequest, QueryRequest])
+@pytest.mark.parametrize("model", [ChatBody, CompletionBody, EmbeddingsBody, ResponseBody, SpawnRequest, QueryRequest])
 def test_every_field_is_documented(model: type[ChatBody]) -> None:
     known = {name for name in model.model_fields if name not in ("function_call", "olympus")}
     assert [name for name in known if not re.search(rf"`{name}[`.]", PAGE)] == []

@@ -122,6 +122,34 @@ def test_the_effort_reaches_the_prompt_and_an_unknown_one_is_refused(served: Run
         assert "low, medium, high" in response.json["error"]["message"]
 
 
+def test_a_response_has_the_reasoning_as_an_item(served: Runtime, client: FlaskClient) -> None:
+    body = {"input": "hi", "max_output_tokens": 50, "temperature": 0, "reasoning": {"effort": "low"}}
+    with saying(served, ANSWER):
+        whole = client.post("/v1/responses", json=body).json
+    assert openai.types.responses.Response.model_validate(whole, strict=True)
+    reasoning, message = whole["output"]
+    assert reasoning["content"] == [{"type": "reasoning_text", "text": "Easy."}]
+    assert message["content"][0]["text"] == "It is Paris."
+    assert whole["usage"]["output_tokens_details"] == {"reasoning_tokens": 2}
+    assert whole["reasoning"]["effort"] == "low"
+    assert client.get(f"/v1/responses/{whole['id']}").json["output"] == whole["output"]
+    with saying(served, ANSWER):
+        told = [entry["data"] for entry in events(client.post("/v1/responses", json=body | {"stream": True}).text)]
+    kinds = [(event["type"], event["item"]["type"]) for event in told if "output_item" in event["type"]]
+    assert kinds == [
+        ("response.output_item.added", "reasoning"),
+        ("response.output_item.done", "reasoning"),
+        ("response.output_item.added", "message"),
+        ("response.output_item.done", "message"),
+    ]
+    deltas = "".join(event["delta"] for event in told if event["type"] == "response.reasoning_text.delta")
+    assert deltas == "Easy."
+    assert [item["content"][0]["text"] for item in told[-1]["response"]["output"]] == ["Easy.", "It is Paris."]
+    again = {"input": [*whole["output"], {"role": "user", "content": "And Rome?"}], "max_output_tokens": 50}
+    with saying(served, ANSWER):
+        assert client.post("/v1/responses", json=again).status_code == 200
+
+
 def test_a_call_of_a_tool_that_nobody_offered_is_left_out(served: Runtime, client: FlaskClient) -> None:
     with saying(served, CALL):
         (choice,) = client.post(PATH, json=ask(max_tokens=50)).json["choices"]
