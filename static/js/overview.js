@@ -5,14 +5,17 @@ import { api } from "./api.js";
 import { ago, bytes, decimal, duration, integer, isNumber, missing, percent } from "./format.js";
 import { keepFresh, live, readStatus, throttle } from "./shell.js";
 import { domainText, kernelPath, mergeEvent, renderKernels, stateBadge } from "./kernel_view.js";
-import { Sky, trailOf } from "./sky.js";
+import { Metrics } from "./metrics.js";
+import { relationsOf, Sky, trailOf } from "./sky.js";
 
 const TRAILS = 12; // kernels whose whole path is drawn
 const TRAIL_POINTS = 160;
 const EVENTS = 12;
 
 const sky = new Sky(byId("sky"));
+const lives = new Map(); // kernel id -> Metrics
 const trails = new Map();
+let relations = [];
 let kernels = [];
 let status = null;
 
@@ -32,6 +35,7 @@ function kernelSentence(list, experiences) {
   const learning = list.filter((kernel) => kernel.state === "training").length;
   const from = isNumber(experiences) ? ` from ${integer(experiences)} ${experiences === 1 ? "experience" : "experiences"}` : "";
   if (list.length === 0) return "No kernel has been spawned yet.";
+  if (learning === 0 && (experiences ?? 0) === 0) return list.length === 1 ? "Its one kernel waits for a first experience." : "Its kernels wait for a first experience.";
   if (learning === 0) return list.length === 1 ? "Its one kernel is not training." : `None of ${integer(list.length)} kernels is training.`;
   return `${learning === 1 ? "One kernel is" : `${COUNT_WORDS[learning] ?? integer(learning)} kernels are`} learning${from}.`;
 }
@@ -39,12 +43,18 @@ function kernelSentence(list, experiences) {
 function renderBulletin() {
   const { model } = status;
   const sentences = [modelSentence(model), kernelSentence(kernels, status.history?.count)];
-  replace(byId("bulletin-title"), sentences, () => [h("span", {}, sentences[0]), " ", h("span", {}, sentences[1])]);
+  replace(byId("bulletin-title"), sentences, () => [h("span", {}, wholeName(sentences[0], model.name)), " ", h("span", {}, sentences[1])]);
   const up = isNumber(status.uptime_s) ? `up ${duration(status.uptime_s)}` : null;
   byId("bulletin-eyebrow").textContent = ["Right now", up].filter(Boolean).join(", ");
   const box = byId("model-progress");
   box.hidden = model.stage !== "loading";
   replace(box, model, () => progress(model));
+}
+
+/** `text` with the model's name kept on one line where there is room. */
+function wholeName(text, name) {
+  const [before, after] = name ? text.split(name) : [text];
+  return after === undefined ? text : [before, h("span", { class: "whole" }, name), after];
 }
 
 function progress(model) {
@@ -92,22 +102,37 @@ function renderFacts() {
 
 function renderKernelViews() {
   renderKernels(byId("kernel-table"), kernels, "No kernel has been spawned yet.");
-  sky.show(kernels, trails);
+  sky.show(kernels, trails, relations);
   if (status) renderBulletin();
 }
 
 async function readTrails() {
-  await Promise.all(kernels.slice(0, TRAILS).map(async (kernel) => {
-    const metrics = await api.get(`/olympus${kernelPath(kernel.kernel_id)}/metrics?max_points=${TRAIL_POINTS}`);
-    trails.set(kernel.kernel_id, trailOf(metrics));
+  await Promise.all(kernels.slice(0, TRAILS).map(async ({ kernel_id: id }) => {
+    if (!lives.has(id)) lives.set(id, new Metrics(`/olympus${kernelPath(id)}/metrics`, TRAIL_POINTS));
+    if (await lives.get(id).update()) trails.set(id, trailOf(lives.get(id).columns));
   }));
-  sky.show(kernels, trails);
+  sky.show(kernels, trails, relations);
+}
+
+async function readRelations() {
+  relations = relationsOf(await api.get("/olympus/lineage"));
+  sky.show(kernels, trails, relations);
+  renderRelations();
+}
+
+/** The lines of the chart in words. */
+function renderRelations() {
+  const nameOf = (id) => kernels.find((kernel) => kernel.kernel_id === id)?.god_name ?? id;
+  byId("relations-box").hidden = relations.length === 0;
+  replace(byId("relations").tBodies[0], relations.map((line) => [line, nameOf(line.from), nameOf(line.to)]), () => relations.map(({ from, to, kind, inherited, distance }) =>
+    h("tr", {}, h("th", { scope: "row" }, kernelLink(from)), h("td", {}, kind === "near" ? "lies next to" : inherited ? "gave its weights to" : "is a parent of"), h("td", {}, kernelLink(to)),
+      h("td", { class: "num" }, isNumber(distance) ? decimal(distance) : missing("they share no read-out, or were not examined yet")))));
 }
 
 async function readKernels() {
   kernels = (await api.get("/olympus/kernels")).kernels;
   renderKernelViews();
-  await readTrails();
+  await Promise.all([readTrails(), readRelations()]);
 }
 
 // -- what happened -----------------------------------------------------------------------------------------------
@@ -167,8 +192,10 @@ live.on("kernel.metric", (data) => {
 live.on("kernel.state", (data) => {
   addEvent(kernelLink(data.kernel_id), ` is ${data.state}`, isNumber(data.step) ? ` at step ${integer(data.step)}` : "", data.reason ? `: ${data.reason}` : "");
   announce(`A kernel is ${data.state}`);
+  lives.delete(data.kernel_id); // after a restore its steps begin earlier
   refreshSoon();
 });
+live.on("reset", () => lives.clear()); // steps may have gone back meanwhile
 live.on("kernel.checkpoint", (data) => {
   addEvent(kernelLink(data.kernel_id), ` saved a checkpoint at step ${integer(data.step)}`, isNumber(data.holdout_loss) ? `, held-out loss ${decimal(data.holdout_loss)}` : "");
 });

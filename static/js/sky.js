@@ -1,8 +1,9 @@
 /* The chart of all kernels: how much of the baseline's loss each has removed (right is better) against its Φ (up).
 
    Not decoration: the shaded corner is where two of the three conditions of convergence hold, and each path is what
-   the kernel went through. What is not measured yet waits in a lane of its own instead of standing at 0. The table
-   beside it says the same in words. */
+   the kernel went through. A straight line leads from parent to child, a dotted one between kernels whose domains'
+   texts lie near each other. What is not measured yet waits in a lane of its own instead of standing at 0. The tables
+   beside it say the same in words. */
 
 import { h, replace, s } from "./dom.js";
 import { isNumber } from "./format.js";
@@ -17,6 +18,7 @@ export class Sky {
   #box;
   #kernels = [];
   #trails = new Map();
+  #relations = [];
   #width = 0;
 
   constructor(box) {
@@ -30,24 +32,28 @@ export class Sky {
     }).observe(box);
   }
 
-  /** `kernels`: lines of GET /olympus/kernels; `trails`: Map of kernel id to [{ratio, phi}]. */
-  show(kernels, trails) {
+  /** `kernels`: lines of GET /olympus/kernels; `trails`: Map of kernel id to [{ratio, phi}]; `relations`: see
+      `relationsOf`. */
+  show(kernels, trails, relations) {
     this.#kernels = kernels;
     this.#trails = trails;
+    this.#relations = relations;
     if (this.#width > 0) this.#draw();
   }
 
   #draw() {
     const height = this.#width < 520 ? 290 : 350;
-    const signature = [this.#width, this.#kernels.map((k) => [k.kernel_id, k.state, k.holdout_loss, k.phi, this.#trails.get(k.kernel_id)?.length])];
+    const signature = [this.#width, this.#kernels.map((k) => [k.kernel_id, k.state, k.holdout_loss, k.phi, this.#trails.get(k.kernel_id)?.length]), this.#relations.length];
     replace(this.#box, signature, () => this.#picture(height));
   }
 
   #picture(height) {
     const scale = makeScale(this.#width, height);
+    const placed = place(this.#kernels, scale);
     const picture = s("svg", { viewBox: `0 0 ${this.#width} ${height}`, role: "group", "aria-label": "Chart of all kernels; the table below holds the same numbers" },
       this.#ground(scale), ...this.#axes(scale),
-      s("g", { "aria-hidden": "true" }, this.#kernels.map((kernel) => this.#trail(kernel, scale))), ...place(this.#kernels, scale).map((item) => this.#kernel(item)));
+      s("g", { "aria-hidden": "true" }, this.#kernels.map((kernel) => this.#trail(kernel, scale)), edges(placed, this.#relations)),
+      ...placed.map((item) => this.#kernel(item)));
     if (this.#kernels.length > 0) return picture;
     return [picture, h("div", { class: "sky-empty" }, h("p", {}, "No kernel yet. The first one appears here when it is spawned."), h("a", { class: "button", href: "/kernels#spawn" }, "Spawn a kernel"))];
   }
@@ -88,8 +94,16 @@ export class Sky {
       s("circle", { class: "halo", cx: x, cy: y, r: radius + 4 }),
       s("circle", { class: "body", cx: x, cy: y, r: radius }),
       s("circle", { cx: x, cy: y, r: 14, fill: "transparent" }),
-      s("text", { class: "label", x: label.x, y: label.y + 4, "text-anchor": label.anchor }, label.text));
+      s("text", { class: label.free ? "label" : "label crowded", x: label.x, y: label.y + 4, "text-anchor": label.anchor }, label.text));
   }
+}
+
+function edges(placed, relations) {
+  const spots = new Map(placed.map((item) => [item.kernel.kernel_id, item]));
+  return relations.map(({ from, to, kind }) => {
+    const [a, b] = [spots.get(from), spots.get(to)];
+    return a && b ? s("path", { class: "edge", "data-kind": kind, d: `M${a.x.toFixed(1)} ${a.y.toFixed(1)}L${b.x.toFixed(1)} ${b.y.toFixed(1)}` }) : null;
+  });
 }
 
 function makeScale(width, height) {
@@ -131,9 +145,26 @@ function placeLabel(text, x, y, radius, scale, taken) {
   ]);
   const inside = (spot) => spot.left >= scale.left && spot.left + width <= scale.right + 10;
   const free = (spot) => taken.every((other) => spot.left + width < other.left || other.left + other.width < spot.left || Math.abs(spot.y - other.y) > 14);
-  const spot = spots.find((candidate) => inside(candidate) && free(candidate)) ?? spots.find(inside) ?? spots[0];
-  taken.push({ left: spot.left, width, y: spot.y });
-  return spot;
+  const found = spots.find((candidate) => inside(candidate) && free(candidate));
+  if (!found) return { ...(spots.find(inside) ?? spots[0]), free: false }; // shown while it is pointed at
+  taken.push({ left: found.left, width, y: found.y });
+  return { ...found, free: true };
+}
+
+/** Who belongs together, from GET /olympus/lineage: [{from, to, kind, distance, inherited}]. Of the domains only the
+    nearest neighbour of each is told: all pairs would be a cloud. */
+export function relationsOf({ nodes, edges: lines, domain_distances: distances }) {
+  const descent = lines.filter((line) => line.parent_exists).map((line) => ({ from: line.parent, to: line.child, kind: "parent", inherited: line.inherited, distance: line.basin_distance }));
+  const first = new Map();
+  for (const node of nodes) if (!first.has(node.domain)) first.set(node.domain, node.kernel_id);
+  const nearest = new Map();
+  for (const { domains, distance } of distances) {
+    const [one, other] = domains;
+    if (!first.has(one) || !first.has(other)) continue;
+    for (const domain of domains) if (!(nearest.get(domain)?.distance <= distance)) nearest.set(domain, { one, other, distance });
+  }
+  const pairs = [...new Set(nearest.values())].map(({ one, other, distance }) => ({ from: first.get(one), to: first.get(other), kind: "near", inherited: false, distance }));
+  return [...descent, ...pairs];
 }
 
 export function ratioOf(holdout, baseline) {
