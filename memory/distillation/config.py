@@ -150,6 +150,12 @@ class DataConfig(_Section):
     latest_feedback_wins: bool = Field(
         True, description="Of experiences with equal observations use the one that was judged last."
     )
+    half_life: int | None = Field(
+        None,
+        ge=1,
+        description="An experience counts half as much as one that is so many experiences newer, in training and at the "
+        "gate: for conventions that change. null: all count alike.",
+    )
     recent_turns: int = Field(
         0, ge=0, description="Newest experiences that the student sees too, as a hybrid agent does."
     )
@@ -209,9 +215,7 @@ class TrainingConfig(_Section):
     evaluate_every: int = Field(10, ge=1, description="Steps between evaluations on held-out rows.")
     save_every: int = Field(25, ge=1, description="Steps between checkpoints.")
     keep_last: int = Field(2, ge=1, description="Checkpoints that stay.")
-    time_budget_seconds: float | None = Field(
-        None, gt=0, description="Training ends after it; waiting does not count."
-    )
+    time_budget_seconds: float | None = Field(None, gt=0, description="Training ends after it; waiting does not count.")
     max_tokens: int = Field(512, ge=8, description="Longest row; longer ones lose the beginning of what was asked.")
     threads: int = Field(0, ge=0, description="Intra-op threads; 0 leaves torch's setting.")
     dtype: Literal["float32"] = Field("float32", description="Of the trained parameters; the model keeps its own.")

@@ -58,6 +58,11 @@ class Question:
         if self.candidates and self.answer not in self.candidates:
             raise EvaluationError(f"question {self.key}: the answer {self.answer!r} is none of the candidates")
 
+    @property
+    def weight(self) -> float:
+        """How much it counts beside others: less where its row is old and ``data.half_life`` says so."""
+        return 1.0 if self.row is None else self.row.recency
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ArmResult:
@@ -105,6 +110,7 @@ class Evaluation:
 
     keys: tuple[str, ...]
     arms: dict[str, ArmResult] = field(default_factory=dict)
+    weights: tuple[float, ...] | None = None  #: of the questions; None: all count alike
 
     def numbers(self) -> dict[str, Any]:
         """For reports and manifests."""
@@ -156,7 +162,9 @@ def evaluate(
                 loaded, encoder, name, prefix, conversations, questions, max_tokens=max_tokens, between=between
             )
         give_back_memory()
-    return Evaluation(tuple(question.key for question in questions), done)
+    return Evaluation(
+        tuple(question.key for question in questions), done, tuple(question.weight for question in questions)
+    )
 
 
 def measure_arm(

@@ -17,6 +17,9 @@ nothing. The candidate must then be nearer to it than the model without memory, 
 
 and not farther from it than the serving one by more than the margin, in nats per token. That is progress, not parity.
 
+Where ``data.half_life`` is set, an older question counts less in all of these means: after conventions have changed, what
+was right before them must not keep out who has learned the new ones.
+
 Fewer questions than ``min_rows`` prove nothing, and the candidate is rejected: what serves goes on to serve. The gate
 says yes or no and why, in words; promotion is the registry's.
 """
@@ -87,7 +90,8 @@ def judge(evaluation: Evaluation, config: GateConfig) -> Verdict:
         comparisons.append(_compare(evaluation, "memoryless", "nll", config))
     failed = [item for item in comparisons if not item.passed]
     told = "; ".join(_told(item, config) for item in (failed or comparisons))
-    reason = f"{'rejected' if failed else 'passed'} on {rows} held-out rows: {told}{_caveat(evaluation, config)}"
+    aged = "" if len(set(evaluation.weights or ())) < 2 else ", older ones counting less"
+    reason = f"{'rejected' if failed else 'passed'} on {rows} held-out rows{aged}: {told}{_caveat(evaluation, config)}"
     return Verdict(not failed, reason, config.chosen, rows, config.margin, tuple(comparisons))
 
 
@@ -114,7 +118,8 @@ def _compare(evaluation: Evaluation, rival: str, metric: Metric, config: GateCon
     one, other = (evaluation.arms[name].of(metric) for name in ("cartridge", rival))
     both = np.isfinite(one) & np.isfinite(other)
     one, other = one[both], other[both]
-    found = paired_difference(one, other)
+    weights = np.ones(len(one)) if evaluation.weights is None else np.array(evaluation.weights)[both]
+    found = paired_difference(one, other, weights=weights)
     if metric in ("exact", "ranked"):
         bound, passed = found.lower, found.lower >= -config.margin - 1e-9
     else:
@@ -123,8 +128,8 @@ def _compare(evaluation: Evaluation, rival: str, metric: Metric, config: GateCon
         rival=rival,
         metric=metric,
         rows=int(both.sum()),
-        candidate=round(float(one.mean()), 4),
-        other=round(float(other.mean()), 4),
+        candidate=round(float(np.average(one, weights=weights)), 4),
+        other=round(float(np.average(other, weights=weights)), 4),
         difference=round(found.difference, 4),
         low=round(found.low, 4),
         high=round(found.high, 4),

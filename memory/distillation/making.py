@@ -24,6 +24,8 @@ from memory.distillation.strategies.base import Sample
 from memory.distillation.teaching import Refused, Teacher
 from workspace.errors import RequestError
 
+_LEAST_RECENCY = 1e-6  # above 0: what counts nothing is no row
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -41,6 +43,8 @@ class RowMaker:
         self, replay: ReplayEnvironment, config: DistillConfig, teacher: Teacher | None, builder: PromptBuilder
     ):
         self._replay, self._config, self._teacher, self._builder = replay, config, teacher, builder
+        newest = len(replay.records) - 1
+        self._age = {record.id: newest - place for place, record in enumerate(replay.records)}
 
     def tasks(self) -> list[Task]:
         """All of a run, in the order in which they are made."""
@@ -85,12 +89,13 @@ class RowMaker:
 
     def _row(self, name: str, item: ReplayItem, answer: RowMessage, about: dict[str, Any]) -> Outcome:
         record = item.sample.record
+        recency = self._recency(record.id)
         metadata: dict[str, Any] = {
             **about,
             "content_key": item.sample.key,
             "experience_id": record.id,
             "split": item.split,
-            "weight": self._config.training.failure_weight if item.failed else 1.0,
+            "weight": recency * (self._config.training.failure_weight if item.failed else 1.0),
             "kind": "replay",
             "strategy": item.strategy,
             "dropped": item.prompt.dropped,
@@ -100,9 +105,16 @@ class RowMaker:
             metadata["failed"] = item.failed
         if item.gold is not None:
             metadata["gold"] = item.gold
+        if recency != 1.0:
+            metadata["recency"] = recency
         if self._replay.asked_again(item.sample.key):
             metadata["asked_again"] = True
         return self._outcome(name, item.prompt, answer, metadata)
+
+    def _recency(self, experience_id: int) -> float:
+        """What is left of an experience's weight at its age."""
+        half_life = self._config.data.half_life
+        return 1.0 if half_life is None else max(_LEAST_RECENCY, 0.5 ** (self._age[experience_id] / half_life))
 
     def _study(self, name: str, kind: SeedType, number: int) -> Outcome:
         study = self._config.data.self_study

@@ -160,6 +160,11 @@ class Row:
         """How much the row counts; 1 is usual."""
         return float(self.metadata.get("weight", 1.0))
 
+    @property
+    def recency(self) -> float:
+        """The part of the weight that age has left, 1 where age does not count."""
+        return float(self.metadata.get("recency", 1.0))
+
 
 def flatten_topk(token_ids: Any, logprobs: Any, mass: float = 0.99) -> FlatTopLogprobs:
     """Of each position's K candidates, keep the likeliest until their probabilities add up to ``mass``.

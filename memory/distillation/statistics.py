@@ -26,12 +26,19 @@ class PairedDifference:
     upper: float  #: and with this not above
 
 
-def paired_difference(one: NDArray[np.float64], other: NDArray[np.float64], seed: int = 0) -> PairedDifference:
-    """Bootstrap of the mean difference of ``one`` [N] and ``other`` [N], question by question."""
+def paired_difference(
+    one: NDArray[np.float64], other: NDArray[np.float64], seed: int = 0, weights: NDArray[np.float64] | None = None
+) -> PairedDifference:
+    """Bootstrap of the mean difference of ``one`` [N] and ``other`` [N], question by question.
+
+    ``weights`` [N]: how much each question counts, above 0; all alike without them.
+    """
     difference = one - other
-    means = _resampled_means(difference, seed)
+    means = _resampled_means(difference, seed, weights)
     low, lower, upper, high = np.quantile(means, (0.025, 0.05, 0.95, 0.975))
-    return PairedDifference(float(difference.mean()), float(low), float(high), float(lower), float(upper))
+    return PairedDifference(
+        float(np.average(difference, weights=weights)), float(low), float(high), float(lower), float(upper)
+    )
 
 
 def mean_interval(values: NDArray[np.float64], seed: int = 0) -> dict[str, Any]:
@@ -40,12 +47,15 @@ def mean_interval(values: NDArray[np.float64], seed: int = 0) -> dict[str, Any]:
     return {"mean": round(float(values.mean()), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
 
 
-def _resampled_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+def _resampled_means(
+    values: NDArray[np.float64], seed: int, weights: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
     """Means of ``RESAMPLES`` draws with replacement."""
     random = np.random.default_rng(seed)
     size = max(1, _BLOCK // len(values))
     parts = []
     for start in range(0, RESAMPLES, size):
         rows = min(size, RESAMPLES - start)
-        parts.append(values[random.integers(0, len(values), (rows, len(values)))].mean(axis=1))
+        drawn = random.integers(0, len(values), (rows, len(values)))
+        parts.append(np.average(values[drawn], axis=1, weights=None if weights is None else weights[drawn]))
     return np.concatenate(parts)

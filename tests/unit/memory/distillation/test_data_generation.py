@@ -70,6 +70,18 @@ def test_replay_rows_hold_the_teachers_tokens_and_not_its_memory(tmp_path: Path)
         assert sum(item["content"] == row.messages[0].content for item in asked) == 1
 
 
+def test_what_is_old_counts_less_where_conventions_change(tmp_path: Path) -> None:
+    _, rows = made(tmp_path, tagged(40), config(data={"targets": "feedback", "half_life": 10}))
+    newest = max(row.metadata["experience_id"] for row in rows)
+    for row in rows:
+        recency = 0.5 ** ((newest - row.metadata["experience_id"]) / 10)
+        assert row.recency == pytest.approx(recency)
+        assert row.weight == pytest.approx(recency * (3.0 if row.metadata["failed"] else 1.0))
+    (tmp_path / "short").mkdir()
+    _, rows = made(tmp_path / "short", tagged(40), config(data={"targets": "feedback", "half_life": 1}))
+    assert min(row.weight for row in rows) > 0
+
+
 def test_the_split_is_by_content_and_counted(tmp_path: Path) -> None:
     report, rows = made(tmp_path, tagged(60), config(data={"eval_share": 0.3}))
     assert report.eval_rows == sum(row.split == "eval" for row in rows)

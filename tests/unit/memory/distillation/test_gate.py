@@ -74,6 +74,18 @@ def test_equal_to_the_long_prompt_passes() -> None:
     assert verdict.numbers()["comparisons"][0]["bound"] == 0
 
 
+def test_what_was_right_before_a_change_does_not_keep_out_what_is_right_now() -> None:
+    """Of 40 questions the newest 16 are of changed conventions: the candidate knows those, the serving one the old."""
+    old, new = [1.0] * 24 + [0.0] * 16, [0.0] * 24 + [1.0] * 16
+    arms = {"cartridge": new, "serving": old, "memoryless": [0.0] * 40, "long_prompt": [0.0] * 40}
+    assert not judge(evaluation(**arms), GateConfig()).passed
+    aged = Evaluation(evaluation(**arms).keys, evaluation(**arms).arms, tuple(0.5 ** ((39 - n) / 6) for n in range(40)))
+    verdict = judge(aged, GateConfig())
+    assert verdict.passed
+    assert "40 held-out rows, older ones counting less" in verdict.reason
+    assert verdict.comparisons[0].candidate == pytest.approx((1 - 0.5 ** (16 / 6)) / (1 - 0.5 ** (40 / 6)), abs=1e-3)
+
+
 def test_clearly_worse_is_rejected_with_numbers() -> None:
     cartridge, long, memoryless = shares(60, 20, 40, 2)
     verdict = judge(evaluation(cartridge=cartridge, long_prompt=long, memoryless=memoryless), GateConfig())
