@@ -153,8 +153,8 @@ class DataConfig(_Section):
     half_life: int | None = Field(
         None,
         ge=1,
-        description="An experience counts half as much as one that is so many experiences newer, in training and at the "
-        "gate: for conventions that change. null: all count alike.",
+        description="An experience counts half as much as one that is so many experiences newer, in training and at "
+        "the gate: for conventions that change. null: all count alike.",
     )
     recent_turns: int = Field(
         0, ge=0, description="Newest experiences that the student sees too, as a hybrid agent does."

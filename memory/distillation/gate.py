@@ -17,8 +17,8 @@ nothing. The candidate must then be nearer to it than the model without memory, 
 
 and not farther from it than the serving one by more than the margin, in nats per token. That is progress, not parity.
 
-Where ``data.half_life`` is set, an older question counts less in all of these means: after conventions have changed, what
-was right before them must not keep out who has learned the new ones.
+Where ``data.half_life`` is set, an older question counts less in all of these means: after conventions have changed,
+what was right before them must not keep out who has learned the new ones.
 
 Fewer questions than ``min_rows`` prove nothing, and the candidate is rejected: what serves goes on to serve. The gate
 says yes or no and why, in words; promotion is the registry's.
