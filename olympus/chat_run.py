@@ -193,6 +193,7 @@ class ChatRun:
             compare=compare,
             cartridges=self._cartridges,
             cartridge_slots=finished.usage.cartridge_slots,
+            cached_tokens=finished.usage.cached_tokens,
             memory=self._memory,
             steps=self._all_steps(0, finished),
             others=tuple(self._choice(place, item) for place, item in enumerate(ended) if place > 0),

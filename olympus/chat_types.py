@@ -229,6 +229,7 @@ class ChatFinished:
     ``trace`` its numbers for every token, ``compare`` both answers; each None where it was not asked for.
     ``cartridges`` are the ids that served, ``cartridge_slots`` what was attended of them, ``memory`` what stood in for
     the history. What is said of an answer is said of the first choice; ``others`` are the further ones.
+    ``cached_tokens`` of the prompt had been read before.
     """
 
     finish_reason: FinishReason
@@ -251,6 +252,7 @@ class ChatFinished:
     memory: Mapping[str, Any] | None = None
     steps: tuple[Step, ...] | None = None
     others: tuple[Choice, ...] = ()
+    cached_tokens: int = 0
 
     @property
     def choices(self) -> tuple[Choice, ...]:

@@ -163,6 +163,7 @@ def usage(finished: ChatFinished) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": finished.cached_tokens},
     }
     if finished.reasoning_tokens is not None:
         reasoning = sum(choice.reasoning_tokens or 0 for choice in finished.choices)

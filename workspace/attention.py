@@ -116,7 +116,7 @@ def _attend_rows(
     workspace_back: tuple[Tensor, Tensor] | None,
     **kwargs: Any,
 ) -> Tensor:
-    """[R, 1, Hq, D]. Rows without a business of their own here take torch's kernel, where the architecture allows it."""
+    """[R, 1, Hq, D]. Rows that carry nothing here take torch's kernel, where the architecture allows it."""
     layer: int = module.layer_idx  # type: ignore[assignment]
     acting = dict(batch.on(layer))
     plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None

@@ -90,7 +90,7 @@ class PrefixCache:
         self._lookups = self._hits = self._hit_tokens = self._evicted = 0
 
     def open(self, root: str, prompt_ids: Sequence[int], cache: Cache, slots: int) -> Chain | None:
-        """Fill ``cache``, which holds the ``slots`` of the prefix that ``root`` names, with what is known of the prompt.
+        """Append what is known of the prompt to ``cache``, which holds the ``slots`` of the prefix that ``root`` names.
 
         The last token of a prompt is never taken: its logits are wanted. None for caches with layers of other kinds.
         """

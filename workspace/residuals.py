@@ -104,7 +104,7 @@ class LayerHooks:
         return None if addend is None else output + addend
 
     def before_feedforward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Show the residual stream [R, T, hidden], which is the input of this norm, to the recorder, or to each row's."""
+        """Show the residual stream [R, T, hidden], the input of this norm, to the recorder, or to that of each row."""
         recorder, self._note.recorder = self._note.recorder, None
         rows, self._note.rows = self._note.rows, None
         residual: Tensor = args[0]

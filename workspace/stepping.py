@@ -10,8 +10,8 @@ A generation is stepped alone where its pass cannot be shared: the first pass af
 other things than a ``Context``, layers of unusual kinds, compiled steps. An error ends the generation that it comes
 from; when a shared pass fails, its rows are computed alone, which shows whose fault it is.
 
-A prompt is read from where the store of earlier prompts (``prefix_cache.py``) ends. Its passes end at the last block
-of the store, so that the same prompt takes the same passes when its beginning comes from there, and gives the same bits.
+A prompt is read from where the store of earlier prompts (``prefix_cache.py``) ends. One pass ends at the prompt's last
+whole block, so that the same prompt takes the same last pass when its beginning comes from the store: the same bits.
 """
 
 from __future__ import annotations

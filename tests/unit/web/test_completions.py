@@ -36,6 +36,7 @@ def test_a_text_goes_on_as_the_engine_would(client: FlaskClient, runtime: Runtim
         "prompt_tokens": len(ids),
         "completion_tokens": 10,
         "total_tokens": len(ids) + 10,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     record = runtime.history.get(answer["olympus"]["experience_id"])
     assert record is not None
