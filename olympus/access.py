@@ -138,7 +138,7 @@ class KeyStore:
             if row is None or row.revoked_at is not None:
                 return False
             row.revoked_at = time.time()
-            session.add(AuditEvent(actor=actor, action="key.revoke", target=key_id, detail={}))
+            session.add(AuditEvent(actor=actor, action="key.revoke", target=key_id, detail={"name": row.name}))
         return True
 
     def any_active(self) -> bool:

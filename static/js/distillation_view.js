@@ -1,18 +1,17 @@
 /* One distillation run: stages, progress, verdict with the table of arms, the loss; and the triggers of the next one. */
 
-import { byId, h, replace, s } from "./dom.js";
+import { byId, h, replace } from "./dom.js";
 import { ago, decimal, duration, integer, isNumber, measured, missing, percent } from "./format.js";
 import { badge } from "./cartridge_view.js";
 import { StepChart } from "./chart.js";
 import { sentence } from "./convergence.js";
+import { mark, OPEN, triggerItem } from "./triggers.js";
 
-export const OPEN = ["queued", "running", "cancelling"];
 const STAGES = ["dataset", "initial prefix", "training", "gate"];
 const STAGE_TEXT = { dataset: "Make questions", "initial prefix": "First values", training: "Train", gate: "Examine" };
 const ARMS = { cartridge: "This cartridge", long_prompt: "The long prompt", memoryless: "No memory", serving: "What served then" };
 const RIVALS = { long_prompt: "the long prompt", memoryless: "no memory", serving: "what served then" };
 const TABLE_ROWS = 50;
-const MARKS = { true: "M2 7.5l3.5 3.5L12 3.5", false: "M3 3l8 8M11 3l-8 8", null: "M3 7h8" };
 
 const chart = new StepChart(byId("run-chart"), {
   height: 240,
@@ -27,10 +26,6 @@ const chart = new StepChart(byId("run-chart"), {
     return [Math.max(0, low - space), high + space];
   },
 });
-
-function mark(value, word) {
-  return s("svg", { class: "condition-mark", viewBox: "0 0 14 14", role: "img", "aria-label": word, "data-met": String(value) }, s("path", { d: MARKS[String(value)] }));
-}
 
 // -- where it stands ---------------------------------------------------------------------------------------------
 
@@ -173,14 +168,6 @@ function renderTwin([steps, loss, heldOut]) {
 
 // -- the triggers ------------------------------------------------------------------------------------------------
 
-const TRIGGERS = {
-  stale: { name: "What it learned was deleted", format: () => "" },
-  tokens: { name: "Tokens since the last run", format: integer, of: integer },
-  episodes: { name: "Episodes since the last run", format: integer, of: integer },
-  elapsed: { name: "Time since the last run", format: duration, of: duration },
-  plateau: { name: "Scores no longer improve", format: (value) => decimal(value, 2), of: (value) => `gain below ${decimal(value, 2)}` },
-};
-
 /** `outlook`: the domain's entry of the schedule, or null; `schedule`: all of it. */
 export function renderTriggers(outlook, schedule) {
   byId("triggers-sentence").textContent = outlook ? whatNext(outlook, schedule) : "Nothing has been lived through in this domain.";
@@ -192,15 +179,4 @@ function whatNext(outlook, schedule) {
   const when = isNumber(schedule.next_look) ? ` The triggers are looked at again in ${duration(Math.max(1, schedule.next_look - Date.now() / 1000))}.` : "";
   if (outlook.situation.open_run) return "A run is under way; the triggers wait for its end.";
   return `${sentence(outlook.would_start ? `${outlook.would_start} starts one: ${outlook.reason}` : outlook.reason)}${when}`;
-}
-
-function triggerItem({ name, fires, value, threshold, reason }) {
-  const known = TRIGGERS[name] ?? { name, format: decimal, of: decimal };
-  const off = threshold === null;
-  const number = off || !isNumber(value) ? "" : known.format(value);
-  return h("li", {},
-    mark(fires ? true : null, fires ? "fires" : off ? "switched off" : "waits"),
-    h("span", {}, known.name),
-    h("span", { class: "condition-number" }, number, off || !known.of || number === "" ? null : h("span", { class: "hint" }, name === "plateau" ? ` ${known.of(threshold)}` : ` of ${known.of(threshold)}`)),
-    h("span", { class: "why" }, sentence(reason)));
 }

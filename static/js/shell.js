@@ -6,6 +6,7 @@ import { api, signIn } from "./api.js";
 import { LiveStream } from "./stream.js";
 
 const TOPICS = ["model", "history", "chat", "kernel.state", "kernel.metric", "kernel.checkpoint", "kernel.drift", "kernel.proposal", "cartridge", "distillation"];
+if (document.body.dataset.page === "system") TOPICS.push("system");
 const STATE_TEXT = {
   connecting: ["connecting", "Opening the live connection"],
   live: ["live", "Numbers arrive as they are measured"],

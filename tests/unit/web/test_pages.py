@@ -16,7 +16,8 @@ from olympus.runtime import Runtime
 from web.headers import SECURITY_HEADERS
 from workspace.prefix import prefix_of_tokens
 
-PAGES = ("/", "/chat", "/kernels", "/cartridges", "/memory")
+MAIN = ("/", "/chat", "/kernels", "/cartridges", "/memory", "/system")
+PAGES = (*MAIN, "/scheduler", "/settings", "/audit")
 Key = Callable[..., dict[str, str]]
 
 
@@ -34,7 +35,7 @@ def test_a_page_is_whole(client: FlaskClient, path: str) -> None:
     assert page.text.count("<h1") == 1
     assert re.findall(r'<a href="([^"]+)" aria-current="page"', page.text) == [path]
     links = re.findall(r'<nav class="site-nav".*?</nav>', page.text, re.DOTALL)
-    assert re.findall(r'href="([^"]+)"', links[0]) == list(PAGES)
+    assert re.findall(r'href="([^"]+)"', links[0]) == list(MAIN)
     ids = re.findall(r'\sid="([^"]+)"', page.text)
     assert len(ids) == len(set(ids))
     for named in re.findall(r'(?:for|aria-labelledby|aria-describedby)="([^"]+)"', page.text):
