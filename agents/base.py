@@ -120,12 +120,12 @@ class Speaker:
         return builder.build(observation, memory)
 
     def say(self, messages: Messages, cartridges: Sequence[CartridgeRef] = (), experiences: int = 0) -> Act:
-        """One greedy answer, stripped of white space at its ends."""
+        """One greedy answer, stripped of white space at its ends; NUL characters, which no history keeps, are marked."""
         reply = self.lm.call(
             messages, max_tokens=self.config.max_tokens, stop=self.config.stop, cartridges=tuple(cartridges)
         )
         sent = tuple({"role": str(item["role"]), "content": str(item["content"])} for item in messages)
-        return Act(reply.text.strip(), reply, sent, tuple(cartridges), experiences)
+        return Act(reply.text.replace("\x00", "\ufffd").strip(), reply, sent, tuple(cartridges), experiences)
 
 
 class LoggingAgent(ABC):

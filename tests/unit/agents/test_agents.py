@@ -181,6 +181,14 @@ def test_an_experience_is_written_when_its_feedback_comes() -> None:
         agent.observe(RIGHT)
 
 
+def test_an_answer_that_no_database_keeps_is_written_with_a_mark() -> None:
+    log = FileLog("bank")
+    agent = HistoryAgent(Bookkeeper("OPS\x00RED"), log)
+    agent.act("Where is my card?")
+    agent.observe(Feedback("Correct!", 1.0))
+    assert [record.action for record in log.records()] == ["OPS\ufffdRED"]
+
+
 def test_an_action_without_feedback_is_written_too() -> None:
     log = _log(0)
     agent = HistoryAgent(Bookkeeper(), log)
