@@ -94,8 +94,8 @@ class Cycle:
         with ExitStack() as stack:
             folder = self.data_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="olympus-cycle-")))
             folder.mkdir(parents=True, exist_ok=True)
-            url = stack.enter_context(serving(folder, self._settings(folder, environment), tell))
-            told = _Cycle(self, environment, url, folder, tell, stack).run()
+            server = stack.enter_context(serving(folder, self._settings(folder, environment), tell))
+            told = _Cycle(self, environment, server.url, folder, tell, stack).run()
         told["seconds"] = round(time.monotonic() - begun, 1)
         told["summary"] += f" It took {told['seconds'] / 60:.1f} minutes."
         return told
@@ -228,29 +228,63 @@ class _Cycle:
         )
 
 
-@contextmanager
-def serving(data_dir: Path, environ: Mapping[str, str], tell: Tell) -> Iterator[str]:
-    """A server of its own on this machine, for as long as the block lasts; yields its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    url = f"http://127.0.0.1:{port}"
-    own = {**os.environ, "OLYMPUS_DATA_DIR": str(data_dir), "PORT": str(port), "OLYMPUS_SERVER__HOST": "127.0.0.1"}
-    log = data_dir / "server.log"
-    with open(log, "ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "app.py"], cwd=ROOT, env={**own, **environ}, stdout=output, stderr=subprocess.STDOUT
-        )
-    try:
-        tell(f"a server starts at {url}, its log is {log}")
-        _wait_ready(url, process, log)
-        yield url
-    finally:
-        process.send_signal(signal.SIGTERM)
+class OwnServer:
+    """A server on this machine, ``python app.py`` on a free port, which stays the same over ``kill`` and ``start``."""
+
+    def __init__(self, data_dir: Path, environ: Mapping[str, str], tell: Tell):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        self.url = f"http://127.0.0.1:{port}"
+        own = {"OLYMPUS_DATA_DIR": str(data_dir), "PORT": str(port), "OLYMPUS_SERVER__HOST": "127.0.0.1"}
+        self._environ = {**os.environ, **own, **environ}
+        self._log = data_dir / "server.log"
+        self._tell = tell
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Of the process that was started last, whose child is the one that answers."""
+        if self._process is None:
+            raise CycleError("the server was not started")
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start it, and wait until it is ready. Raises ``CycleError`` with the end of its log."""
+        options: dict[str, Any] = {"cwd": ROOT, "env": self._environ, "start_new_session": True}
+        with open(self._log, "ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "app.py"], stdout=output, stderr=subprocess.STDOUT, **options
+            )
+        self._tell(f"a server starts at {self.url}, its log is {self._log}")
+        _wait_ready(self.url, self._process, self._log)
+
+    def kill(self) -> None:
+        """``kill -9`` of all its processes at the same moment."""
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def stop(self) -> None:
+        """In an orderly way where it answers to that."""
+        if self._process is None:
+            return
+        self._process.send_signal(signal.SIGTERM)
         try:
-            process.wait(40)
+            self._process.wait(40)
         except subprocess.TimeoutExpired:
-            process.kill()
+            self.kill()
+
+
+@contextmanager
+def serving(data_dir: Path, environ: Mapping[str, str], tell: Tell) -> Iterator[OwnServer]:
+    """A server of its own for as long as the block lasts."""
+    server = OwnServer(data_dir, environ, tell)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
 
 
 def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
