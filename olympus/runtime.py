@@ -336,6 +336,7 @@ class Runtime:
             model.name,
             cache_dir=model.cache_dir,
             dtype=model.dtype,
+            weights=model.weights,
             device=model.device,
             revision=model.revision,
             progress=lambda detail, fraction: self._tell("loading", detail, fraction),

@@ -32,6 +32,7 @@ from workspace.harmony_tokens import HarmonyTokens, find_harmony_tokens
 from workspace.packaged import PACKAGED, PackagedModel, ensure_packaged
 from workspace.placement import DeviceMap, Placement, choose_placement, entrance, offload_dir, stored_values
 from workspace.plain_chat import PLAIN_STOP, PLAIN_TEMPLATE
+from workspace.quantised import WeightsName, quantise
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ def load_model(
     *,
     cache_dir: Path,
     dtype: DtypeName = "auto",
+    weights: WeightsName = "exact",
     device: str = "auto",
     device_map: DeviceMap | None = None,
     revision: str | None = None,
@@ -104,7 +106,8 @@ def load_model(
     """Load ``name`` for inference. Packaged weights are fetched and converted below ``cache_dir`` on first use.
 
     ``device`` and ``device_map`` are explained in ``placement.py``. What the weights occupy is logged, and refused
-    when it contradicts their quantisation (``footprint.py``).
+    when it contradicts their quantisation (``footprint.py``). ``weights`` other than "exact" gives linears packed
+    copies that steps of few tokens use (``quantised.py``).
 
     ``progress(stage, fraction)`` hears the stages of ``ensure_packaged`` and then "loading"; a set ``stop`` cancels a
     download. Raises a ``ModelError``: ``UnknownModel``, ``ModelDownloadFailed``, ``ChecksumMismatch`` or
@@ -129,7 +132,9 @@ def load_model(
         except Exception as error:  # a broken file can raise anything from half a dozen libraries
             raise _explain(name, source, error) from error
     logger.info("%s: %s", name, check_claim(name, model))
-    return adopt_model(name, model, tokenizer)
+    loaded = adopt_model(name, model, tokenizer)
+    logger.info("%s: %s", name, quantise(name, model, weights))
+    return loaded
 
 
 def adopt_model(name: str, model: Any, tokenizer: Any) -> LoadedModel:

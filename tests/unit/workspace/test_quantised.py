@@ -1,0 +1,139 @@
+"""Quantised linears: what the packed product computes, when it is used, and that everything else stays as it was."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.support.tiny_model import save_tiny_model
+from workspace import quantised
+from workspace.errors import UnsupportedModel
+from workspace.forward import Forward
+from workspace.models import LoadedModel, load_model
+from workspace.quantised import GROUP, Bits, QuantisedLinear, from_codes, pack, quantise, relative_error, to_codes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("quantised"))
+
+
+def load(folder: Path, weights: Any, dtype: Any = "bfloat16") -> LoadedModel:
+    return load_model(str(folder), cache_dir=folder, dtype=dtype, device="cpu", weights=weights)
+
+
+def linear(outputs: int, inputs: int, *, bias: bool = False) -> nn.Linear:
+    torch.manual_seed(outputs * 1009 + inputs)
+    return nn.Linear(inputs, outputs, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
+
+
+def on_grid(outputs: int, inputs: int) -> Tensor:
+    """Weights as a Q4_1 file has them: 16 levels in each group of 32, both ends among them."""
+    torch.manual_seed(3)
+    codes = torch.randint(0, 16, (outputs, inputs // GROUP, GROUP))
+    codes[..., 0], codes[..., 1] = 0, 15
+    scale, low = torch.rand(outputs, inputs // GROUP, 1) * 0.02 + 0.001, -torch.rand(outputs, inputs // GROUP, 1) * 0.1
+    return (codes * scale + low).flatten(1).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (48, 64), (192, 576), (1040, 96)])
+def test_the_packed_product_is_that_of_the_codes(
+    outputs: int, inputs: int, bits: Bits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantised, "_AT_ONCE", 1 << 14)  # several blocks of rows
+    plain = linear(outputs, inputs, bias=True)
+    packed = QuantisedLinear(plain, *pack(plain.weight, bits), bits)
+    packed.most_rows = 16
+    weight = from_codes(*to_codes(plain.weight, bits), bits)
+    for shape in ((1, 1, inputs), (3, 1, inputs), (1, 16, inputs), (inputs,)):
+        x = torch.randn(shape).to(torch.bfloat16)
+        wanted = nn.functional.linear(x.float(), weight, plain.bias.float())
+        found = packed(x)
+        assert found.shape == wanted.shape
+        assert found.dtype == torch.bfloat16
+        assert (found.float() - wanted).norm() <= 0.01 * wanted.norm()
+
+
+def test_more_bits_lose_less_and_a_grid_of_four_bits_loses_next_to_nothing() -> None:
+    weight = linear(256, 576).weight
+    assert 0.05 < relative_error(weight, 4) < 0.12
+    assert relative_error(weight, 8) < 0.007
+    assert relative_error(on_grid(256, 576), 4) < 0.01
+    assert relative_error(torch.zeros(16, 32, dtype=torch.bfloat16), 4) == 0
+
+
+def test_many_rows_and_gradients_use_the_weights_as_they_are() -> None:
+    plain = linear(64, 96)
+    packed = QuantisedLinear(plain, *pack(plain.weight, 4), 4)
+    many = torch.randn(1, packed.most_rows + 1, 96).to(torch.bfloat16)
+    assert torch.equal(packed(many), plain(many))
+    few = many[:, :1]
+    assert not torch.equal(packed(few), plain(few))
+    learnt = few.clone().requires_grad_()
+    out = packed(learnt)
+    assert torch.equal(out, plain(few))
+    out.sum().backward()
+    assert learnt.grad is not None
+    assert torch.equal(learnt.grad[0, 0], torch.ones(64, dtype=torch.bfloat16) @ plain.weight)
+    with torch.no_grad():
+        assert torch.equal(packed(learnt), packed(few)), "what could learn, but does not now, is decoding as well"
+
+
+def test_auto_takes_four_bits_where_they_are_enough_and_eight_elsewhere(folder: Path) -> None:
+    loaded = load(folder, "exact")
+    layer = loaded.model.model.layers[0].self_attn
+    layer.q_proj.weight.data = on_grid(*layer.q_proj.weight.shape)
+    done = quantise("tiny", loaded.model, "auto")
+    assert layer.q_proj.bits == 4
+    assert layer.k_proj.bits == 8
+    assert (done.four, done.eight, done.plain) == (1, 12, 2)  # down_proj has 48 inputs, which are no whole groups
+    assert "1 linears decode with 4-bit weights, 12 with 8-bit" in str(done)
+
+
+def test_auto_leaves_alone_what_memory_has_no_room_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantised, "_SHARE_OF_FREE", 0.0)
+    loaded = load(folder, "auto")
+    assert not any(isinstance(module, QuantisedLinear) for module in loaded.model.modules())
+
+
+@pytest.mark.parametrize("weights", ["auto", "int8", "int4"])
+def test_parameters_and_fingerprint_stay_and_tied_weights_stay_tied(folder: Path, weights: str) -> None:
+    exact, loaded = load(folder, "exact"), load(folder, weights)
+    assert isinstance(loaded.model.get_output_embeddings(), QuantisedLinear)
+    assert loaded.fingerprint == exact.fingerprint
+    wanted = exact.model.state_dict()
+    found = loaded.model.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    tied = copy.deepcopy(exact.model)
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    quantise("tied", tied, "int8")
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+
+
+@torch.no_grad()
+def test_a_model_reads_prompts_as_before_to_the_bit_and_decodes_the_nearer_the_more_bits(folder: Path) -> None:
+    logits, keys = {}, {}
+    for weights in ("exact", "int8", "int4"):
+        forward = Forward(load(folder, weights))
+        cache = forward.new_cache()
+        forward(list(range(2, 42)), cache, 0, {})
+        keys[weights] = cache.layers[1].keys.clone()
+        logits[weights] = forward([5], cache, 40, {})
+    assert torch.equal(keys["int8"], keys["exact"])
+    assert torch.equal(keys["int4"], keys["exact"])
+    wrong = {name: float((found - logits["exact"]).norm() / logits["exact"].norm()) for name, found in logits.items()}
+    assert 0 < wrong["int8"] < 0.2 < wrong["int4"], wrong  # random weights, so small errors grow large
+
+
+def test_what_was_asked_for_and_cannot_be_says_what_to_do(folder: Path) -> None:
+    with pytest.raises(UnsupportedModel, match=r"model.weights int4 needs bfloat16 .* set model.dtype to bfloat16"):
+        load(folder, "int4", dtype="float32")
+    loaded = load(folder, "auto", dtype="float32")
+    assert not any(isinstance(module, QuantisedLinear) for module in loaded.model.modules())
