@@ -120,7 +120,7 @@ class Speaker:
         return builder.build(observation, memory)
 
     def say(self, messages: Messages, cartridges: Sequence[CartridgeRef] = (), experiences: int = 0) -> Act:
-        """One greedy answer, stripped of white space at its ends; NUL characters, which no history keeps, are marked."""
+        """One greedy answer, stripped of white space at its ends; what no history keeps (NUL) is marked."""
         reply = self.lm.call(
             messages, max_tokens=self.config.max_tokens, stop=self.config.stop, cartridges=tuple(cartridges)
         )
