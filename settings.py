@@ -128,9 +128,15 @@ class ModelSettings(_Section):
 class EngineSettings(_Section):
     """Generation: queueing and the defaults of a request that names none."""
 
-    max_active: int = Field(4, ge=1, description="Generations that share the decode loop.")
+    max_active: int = Field(8, ge=1, description="Generations that share forward passes.")
     max_waiting: int = Field(32, ge=0, description="Generations that may wait; further ones get 429.")
     prefill_chunk: int = Field(256, ge=16, description="Prompt tokens per forward pass.")
+    batching: Literal["batched", "exact"] = Field(
+        "batched", description="exact: each generation computed alone, equal to the bit whatever runs beside it."
+    )
+    prefix_cache_bytes: int = Field(
+        256 << 20, ge=0, description="Kept of prompts and answers, for prompts that begin the same way; 0: nothing."
+    )
     default_max_tokens: int = Field(512, ge=1, description="When a request names no limit.")
     max_tokens: int = Field(4096, ge=1, description="The most a request may ask for.")
     temperature: float = Field(0.2, ge=0, le=2, description="When a request names none; what SmolLM2's authors advise.")

@@ -352,6 +352,8 @@ class Runtime:
             threads=workspace.inference_threads or model.threads,
             prefill_chunk=engine.prefill_chunk,
             compiled={"mode": workspace.torch_compile_mode} if workspace.enable_torch_compile else None,
+            batching=engine.batching,
+            prefix_cache_bytes=engine.prefix_cache_bytes,
         )
         made.start()
         made.warm_up()
