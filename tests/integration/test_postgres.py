@@ -15,8 +15,10 @@ from memory.distillation import runs
 from memory.distillation.runs import RunError, RunStore
 from memory.history import History, NewExperience
 from memory.latent import LatentSessions
+from olympus.audit import AuditFilter, AuditLog
 from storage import migrate
 from storage.database import Database
+from storage.models import AuditEvent
 from tests.support.server import free_port
 from tests.support.virtual_tokens import make_layers, make_shape
 from workspace.virtual_kv import VirtualKVStore
@@ -38,6 +40,17 @@ def database(postgres_url: str) -> Iterator[Database]:
 def test_migrations_and_models_agree(database: Database) -> None:
     assert migrate.current(database) == migrate.head()
     assert migrate.drift(database) == []
+
+
+def test_the_audit_log_can_only_be_added_to(database: Database) -> None:
+    log = AuditLog(database)
+    log.note("local", "kernel.pause", "k", {"why": "noise"})
+    for statement in (sa.update(AuditEvent).values(actor="nobody"), sa.delete(AuditEvent), sa.text("TRUNCATE audit")):
+        with pytest.raises(sa.exc.DBAPIError, match="append-only"), database.write() as session:
+            session.execute(statement)
+    (entry,) = log.page(AuditFilter(action="kernel"))
+    assert (entry["actor"], entry["actor_name"], entry["detail"]) == ("local", "this machine", {"why": "noise"})
+    assert log.choices()["actors"] == [{"actor": "local", "name": "this machine", "entries": 1}]
 
 
 def test_eight_writers_lose_nothing(database: Database) -> None:

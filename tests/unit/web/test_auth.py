@@ -25,6 +25,8 @@ VALUES = {
     "experience_id": 1,
     "model_id": "m",
     "filename": "x.js",
+    "key_id": "0a1b2c3d",
+    "job_id": "distillation",
 }
 Key = Callable[..., dict[str, str]]
 
