@@ -330,8 +330,9 @@ class History:
         return len(ids)
 
     def sessions(self, limit: int = 100) -> list[dict[str, Any]]:
-        """The conversations, most recently used first, as plain dicts."""
-        query = sa.select(Session).order_by(Session.updated_at.desc()).limit(limit)
+        """The conversations of which something is left, most recently used first, as plain dicts."""
+        left = sa.exists().where(Experience.session_id == Session.id, Experience.deleted_at.is_(None))
+        query = sa.select(Session).where(left).order_by(Session.updated_at.desc()).limit(limit)
         with self._database.read() as session:
             return [
                 {"id": row.id, "title": row.title, "domain": row.domain, "updated_at": row.updated_at}
@@ -367,8 +368,7 @@ class History:
             return
         row = session.get(Session, item.session_id)
         if row is None:
-            title = " ".join(item.observation.split())[:80]
-            session.add(Session(id=item.session_id, title=title, domain=item.domain, updated_at=now))
+            session.add(Session(id=item.session_id, title=_title(item.observation), domain=item.domain, updated_at=now))
             session.flush()
         else:
             row.updated_at = now
@@ -397,7 +397,21 @@ def _forget(session: orm.Session, filters: Sequence[Any]) -> list[int]:
     # The rows are locked from here on: on PostgreSQL, too, nobody can derive anything from them any more.
     chosen = sa.select(Experience.id).where(*doomed)
     session.execute(sa.delete(EpisodicVector).where(EpisodicVector.experience_id.in_(chosen)))
+    sessions = sa.select(Experience.session_id).where(*doomed, Experience.session_id.is_not(None))
+    for conversation in session.scalars(sa.select(Session).where(Session.id.in_(sessions))):
+        conversation.title = _title(_first_words(session, conversation.id))
     return list(session.scalars(chosen))
+
+
+def _title(observation: str) -> str:
+    """What a conversation is called: how it begins."""
+    return " ".join(observation.split())[:80]
+
+
+def _first_words(session: orm.Session, session_id: str) -> str:
+    """The oldest observation of a conversation that was not forgotten; "" when none is left."""
+    mine = (Experience.session_id == session_id, Experience.deleted_at.is_(None))
+    return session.scalar(sa.select(Experience.observation).where(*mine).order_by(Experience.id).limit(1)) or ""
 
 
 def _row(item: NewExperience) -> Experience:

@@ -68,6 +68,20 @@ def test_deleting_blanks_the_text_and_keeps_the_cursor(history: History) -> None
     assert history.give_feedback(1, "late", None) is None
 
 
+def test_the_title_of_a_conversation_forgets_with_it(history: History) -> None:
+    first, second = history.append([_new("my secret name", session_id="s"), _new("and the weather", session_id="s")])
+    assert history.sessions()[0]["title"] == "my secret name"
+    history.delete(experience_id=first.id)
+    assert history.sessions()[0]["title"] == "and the weather"
+    history.correct(second.id, observation="and the sea")
+    assert history.sessions()[0]["title"] == "and the sea"
+    history.delete(session_id="s")
+    assert history.sessions() == []
+    history.append([_new("a new beginning", session_id="s")])
+    assert [item["id"] for item in history.sessions()] == ["s"]
+    assert "secret" not in str(history.sessions())
+
+
 def test_delete_needs_a_filter_and_respects_it(history: History) -> None:
     history.append([_new("1", session_id="s"), _new("2", session_id="t"), _new("3", domain="other")])
     with pytest.raises(HistoryError, match="say what to delete"):
