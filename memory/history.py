@@ -372,6 +372,7 @@ class History:
             session.flush()
         else:
             row.updated_at = now
+            row.title = row.title or _title(item.observation)  # what gave it its name was forgotten
 
 
 def _pages(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
