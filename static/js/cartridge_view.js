@@ -64,7 +64,7 @@ export function lineageRow(item, run, open) {
     h("th", { scope: "row" }, item.id, h("span", { class: "sub" }, ago(item.created_at))),
     h("td", { class: "wide", "data-label": "State" }, badge(item.state), item.stale && item.state !== "deleted" ? [" ", staleMark()] : null, item.reason ? h("span", { class: "sub reason", title: item.reason }, item.reason) : null),
     h("td", { class: "wide", "data-label": "Comes from" }, origin(item, open)),
-    h("td", { class: "num", "data-label": "Learned from" }, item.experiences > 0 ? integer(item.experiences) : missing(item.state === "deleted" ? "its list was deleted with it" : "it was not trained on this history", "not known")),
+    h("td", { class: "num", "data-label": "Learned from" }, item.experiences > 0 ? h("a", { href: `/memory?cartridge=${item.id}`, "aria-label": `${integer(item.experiences)} experiences: what ${item.id} learned from` }, integer(item.experiences)) : missing(item.state === "deleted" ? "its list was deleted with it" : "it was not trained on this history", "not known")),
     h("td", { class: "num", "data-label": "Right answers" }, item.exact ? percent(item.exact.mean) : missing("the gate asked no question with a known answer", "not asked")),
     h("td", { class: "num", "data-label": "Nats" }, item.nats ? decimal(item.nats.mean, 2) : missing("the gate did not measure it", "not asked")),
     h("td", { class: "num", "data-label": "Slots" }, integer(item.slots)),

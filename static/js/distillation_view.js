@@ -1,16 +1,15 @@
 /* One distillation run: stages, progress, verdict with the table of arms, the loss; and the triggers of the next one. */
 
 import { byId, h, replace } from "./dom.js";
-import { ago, decimal, duration, integer, isNumber, measured, missing, percent } from "./format.js";
+import { ago, decimal, duration, integer, isNumber } from "./format.js";
 import { badge } from "./cartridge_view.js";
 import { StepChart } from "./chart.js";
 import { sentence } from "./convergence.js";
-import { mark, OPEN, triggerItem } from "./triggers.js";
+import { armsPlot, armsTable, comparisons, gateWords } from "./evaluation_view.js";
+import { OPEN, triggerItem } from "./triggers.js";
 
 const STAGES = ["dataset", "initial prefix", "training", "gate"];
 const STAGE_TEXT = { dataset: "Make questions", "initial prefix": "First values", training: "Train", gate: "Examine" };
-const ARMS = { cartridge: "This cartridge", long_prompt: "The long prompt", memoryless: "No memory", serving: "What served then" };
-const RIVALS = { long_prompt: "the long prompt", memoryless: "no memory", serving: "what served then" };
 const TABLE_ROWS = 50;
 
 const chart = new StepChart(byId("run-chart"), {
@@ -19,6 +18,7 @@ const chart = new StepChart(byId("run-chart"), {
   series: [
     { label: "Training", token: "--chart-train", width: 1.25 },
     { label: "Held out", token: "--chart-holdout", width: 2.5, points: true },
+    { label: "Before the first step", token: "--chart-baseline", width: 1.25, dash: [6, 4] },
   ],
   range: (_, low, high) => {
     if (!isNumber(low) || !isNumber(high)) return [0, 1];
@@ -95,43 +95,9 @@ function renderVerdict(run) {
     return h("div", { class: "verdict stack" },
       h("div", { class: "notice", dataset: { tone } }, h("p", {}, h("strong", {}, ENDINGS[run.state]?.(run) ?? run.state)), why ? h("p", {}, sentence(why)) : null,
         verdict && verdict.comparisons.length === 0 ? h("p", {}, sentence(verdict.reason)) : null),
-      evaluation?.arms ? [armsTable(evaluation.arms), h("p", { class: "hint" }, "Nats: how much a right answer surprises it; less is better. Attended: the tokens and slots that each written token looks at.")] : null,
+      evaluation?.arms ? [armsPlot(evaluation.arms), armsTable(evaluation.arms), h("p", { class: "hint" }, "Nats: how much a right answer surprises it; less is better. Attended: the tokens and slots that each written token looks at.")] : null,
       verdict?.comparisons?.length ? comparisons(verdict) : null);
   });
-}
-
-function interval(value, format) {
-  return [h("span", { class: "value" }, format(value.mean)), value.low === value.high ? null : h("span", { class: "sub" }, `${format(value.low)} to ${format(value.high)}`)];
-}
-
-const COLUMNS = [
-  { metric: "exact", label: "Right answers", format: percent, why: "no question had a known answer" },
-  { metric: "ranked", label: "Ranked first", format: percent, why: "there were no candidates to rank" },
-  { metric: "nll", label: "Nats of the right one", format: (value) => decimal(value, 2), why: "no question had a known answer" },
-  { metric: "kl", label: "Nats from the long prompt", format: (value) => decimal(value, 3), why: "the teacher's distribution is not known" },
-];
-
-function armsTable(arms) {
-  const names = Object.keys(ARMS).filter((name) => arms[name]);
-  const columns = COLUMNS.filter(({ metric }) => ["exact", "nll"].includes(metric) || names.some((name) => arms[name][metric]));
-  const rows = arms[names[0]]?.exact?.rows ?? arms[names[0]]?.kl?.rows ?? null;
-  return h("div", { class: "table-scroll", role: "group", "aria-label": "Results by arm, table", tabindex: 0 },
-    h("table", { class: "data-table arms-table card-table" },
-      h("caption", { class: "visually-hidden" }, "Asked with each prompt"),
-      h("thead", {}, h("tr", {}, h("th", { scope: "col" }, isNumber(rows) ? `${integer(rows)} held-out questions` : "Asked with"), columns.map(({ label }) => h("th", { scope: "col", class: "num" }, label)), h("th", { scope: "col", class: "num" }, "Attended tokens"))),
-      h("tbody", {}, names.map((name) => h("tr", { dataset: { arm: name } }, h("th", { scope: "row" }, ARMS[name]),
-        columns.map(({ metric, label, format, why }) => h("td", { class: "num", "data-label": label }, arms[name][metric] ? interval(arms[name][metric], format) : missing(why, "not asked"))),
-        h("td", { class: "num", "data-label": "Attended tokens" }, measured(arms[name].attended, (value) => decimal(value, 0)), arms[name].slots > 0 ? h("span", { class: "sub" }, `${integer(arms[name].slots)} slots`) : null))))));
-}
-
-function comparisons(verdict) {
-  const shown = (item, value) => (["exact", "ranked"].includes(item.metric) ? percent(value) : `${decimal(value, 2)} nats`);
-  return h("details", { class: "twin", open: true }, h("summary", {}, "How the gate decided"),
-    h("p", { class: "hint gate-words" }, sentence(verdict.reason)),
-    h("ul", { class: "conditions" }, verdict.comparisons.map((item) => h("li", {},
-      mark(item.passed, item.passed ? "passed" : "not passed"),
-      h("span", {}, `${item.metric === "kl" || item.metric === "nll" ? "Cost" : "Right answers"} against ${RIVALS[item.rival] ?? item.rival}`),
-      h("span", { class: "condition-number" }, shown(item, item.candidate), h("span", { class: "hint" }, ` against ${shown(item, item.other)}`))))));
 }
 
 // -- the loss ----------------------------------------------------------------------------------------------------
@@ -144,9 +110,11 @@ function renderLoss(run, metrics) {
   byId("run-twin").hidden = !some;
   byId("run-wait").textContent = early ? "Nothing measured yet. It begins with the training." : "";
   byId("run-summary").textContent = some ? lossWords(metrics) : "";
+  byId("run-gate").textContent = OPEN.includes(run.state) ? gateWords(run.config.gate) : "";
   if (!some) return;
   const columns = metrics.columns();
-  chart.setData(columns);
+  const first = metrics.heldOut()?.first.value ?? null;
+  chart.setData([...columns, columns[0].map(() => first)]);
   if (byId("run-twin").open) renderTwin(columns);
 }
 

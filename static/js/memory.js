@@ -6,12 +6,14 @@ import { integer } from "./format.js";
 import { keepFresh, live, throttle } from "./shell.js";
 import { experienceLine, showExperience, showNothing } from "./experience_view.js";
 import { renderExport, wireFiles } from "./memory_files.js";
+import { renderForget, wireForget } from "./memory_forget.js";
 
 const PAGE = 15;
 const FOUND = 30;
-const FIELDS = { q: "search-q", domain: "search-domain", session: "search-session", judged: "search-judged" };
+const FIELDS = { q: "search-q", domain: "search-domain", session: "search-session", judged: "search-judged", cartridge: "search-cartridge" };
 let domains = [];
 let sessions = [];
+let cartridges = [];
 let items = [];
 let nextBefore = null;
 let trail = []; // where the pages before this one began
@@ -41,6 +43,8 @@ function notice(text) {
 async function read() {
   notice("");
   byId("newest").hidden = true;
+  for (const name of ["q", "domain", "session", "judged"]) byId(FIELDS[name]).disabled = Boolean(asked.cartridge);
+  if (asked.cartridge) return taught();
   if (asked.q) {
     try {
       await search();
@@ -65,6 +69,19 @@ async function search() {
   const how = told.meaning ? "by words and by meaning" : "by words alone";
   byId("browse-count").textContent = `${integer(items.length)} found, ${how}`;
   render("Nothing fits. Try other words, or another domain.");
+}
+
+/** What a cartridge was trained on; the other filters do not apply. */
+async function taught() {
+  const query = new URLSearchParams({ limit: PAGE });
+  if (before !== null) query.set("before", before);
+  const page = await api.get(`/olympus/cartridges/${encodeURIComponent(asked.cartridge)}/experiences?${query}`);
+  items = page.experiences;
+  nextBefore = page.next_before;
+  const [from, left] = [trail.length * PAGE, page.total - page.forgotten];
+  byId("browse-count").textContent = items.length === 0 ? "" : `${integer(from + 1)} to ${integer(from + items.length)} of ${integer(left)} that it was trained on`;
+  if (page.forgotten > 0) notice(`${asked.cartridge} was trained on ${integer(page.total)} experiences, and ${integer(page.forgotten)} of them ${page.forgotten === 1 ? "is" : "are"} forgotten since: it is stale.`);
+  render(trail.length > 0 ? "No older ones." : page.total === 0 ? "It was not trained on this history, so nothing is known of it." : "All that it was trained on is forgotten.");
 }
 
 async function browse() {
@@ -109,7 +126,7 @@ byId("search-form").addEventListener("submit", (event) => {
   event.preventDefault();
   ask();
 });
-for (const name of ["domain", "session", "judged"]) {
+for (const name of ["domain", "session", "judged", "cartridge"]) {
   byId(FIELDS[name]).addEventListener("change", () => {
     if (name === "domain") renderSessions();
     ask();
@@ -166,6 +183,15 @@ function renderDomains(wanted) {
   renderExport(domains.map((item) => item.domain));
 }
 
+function renderCartridges(wanted) {
+  const select = byId("search-cartridge");
+  const value = wanted ?? select.value;
+  const known = cartridges.map((item) => [item.id, item.state]);
+  if (value && !known.some(([id]) => id === value)) known.unshift([value, "not there any more"]);
+  replace(select, known, () => [h("option", { value: "" }, "any or none"), ...known.map(([id, state]) => h("option", { value: id }, `${id} (${state})`))]);
+  select.value = value;
+}
+
 function renderSessions(wanted) {
   const select = byId("search-session");
   const value = wanted ?? select.value;
@@ -191,8 +217,11 @@ async function readChoices(wanted = {}) {
   const [found, talks] = await Promise.all([api.get("/olympus/history/domains"), api.get("/olympus/sessions?limit=500")]);
   domains = found.domains;
   sessions = talks.sessions;
+  cartridges = await api.get("/olympus/cartridges").then((told) => told.cartridges, () => []); // this key may not see them
   renderDomains(wanted.domain);
   renderSessions(wanted.session);
+  renderCartridges(wanted.cartridge);
+  renderForget(domains, sessions);
 }
 
 // -- wiring ------------------------------------------------------------------------------------------------------
@@ -204,7 +233,7 @@ async function refresh() {
 
 async function fromAddress() {
   const query = new URLSearchParams(location.search);
-  await readChoices({ domain: query.get("domain") ?? "", session: query.get("session") ?? "" });
+  await readChoices({ domain: query.get("domain") ?? "", session: query.get("session") ?? "", cartridge: query.get("cartridge") ?? "" });
   byId("search-q").value = query.get("q") ?? "";
   byId("search-judged").value = query.get("judged") ?? "";
   chosen = Number(query.get("id")) || null;
@@ -223,6 +252,7 @@ live.on("history", newer);
 live.on("cartridge", (data) => data.stale && toast(`${data.id} is stale now: it learned from something that is gone.`));
 window.addEventListener("popstate", () => fromAddress().catch(complain));
 wireFiles(refresh);
+wireForget(refresh);
 let begun = false;
 keepFresh(() => {
   if (begun) return refresh();
