@@ -14,7 +14,7 @@ from workspace.prefix import KVPrefix
 SLOTS = 64
 SHOWN = 60  #: experiences in the long prompt
 QUESTIONS = 90
-STEPS = 100
+STEPS = 150
 
 
 def training(seed: int, *, quick: bool) -> TrainingConfig:

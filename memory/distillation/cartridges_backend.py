@@ -158,6 +158,8 @@ def not_honoured(config: TrainingConfig, rows: Sequence[Row]) -> list[str]:
     found = []
     if any(row.weight != 1 for row in rows) or config.gold_weight != 1:
         found.append("weights of rows")
+    if config.step_size == "relative":
+        found.append("training.step_size: relative, so that learning_rate is used as it is")
     if config.loss != "upstream":
         found.append(f"training.loss {config.loss}")
     if config.early_stop_patience:

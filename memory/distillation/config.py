@@ -197,6 +197,9 @@ class TrainingConfig(_Section):
     slots: int = Field(64, ge=16, le=8192, multiple_of=16, description="Length of the prefix.")
     frozen: int = Field(1, ge=1, description="First slots that stay as they are; without one, other skills suffer.")
     learning_rate: float = Field(1e-2, gt=0, le=1, description="Adam's, after the warm-up.")
+    step_size: Literal["relative", "absolute"] = Field(
+        "relative", description="relative: the rate is a share of each tensor's initial size; absolute: as upstream."
+    )
     warmup_steps: int = Field(10, ge=0, description="Steps in which the learning rate rises.")
     clip_norm: float = Field(1.0, gt=0, description="Longest gradient.")
     max_steps: int = Field(200, ge=1, description="Optimizer steps at most.")

@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 #: Of the learning rate at the end of its cosine, as upstream has it.
 FINAL_SHARE = 0.1
+_LEAST_SIZE = 1e-3  #: Adafactor's: a tensor of zeros learns, too
 #: What may differ between two calls that go on with one run.
 _FREE = {"threads", "time_budget_seconds", "save_every", "keep_last", "trainer"}
 EndReason = Literal["steps", "early stop", "time budget", "stopped"]
@@ -154,7 +155,10 @@ class _Run:
             raise TrainerError("there are no rows to train on with a weight above 0; make some, or raise gold_weight")
         self._prefix = TrainablePrefix(init, config.frozen)
         self._parameters = self._prefix.parameters()
-        self._optimizer = torch.optim.Adam(self._parameters, lr=config.learning_rate)
+        self._optimizer = torch.optim.Adam(
+            [{"params": [item], "size": _size(item, config.step_size)} for item in self._parameters],
+            lr=config.learning_rate,
+        )
         self._student = Student(loaded, loss=config.loss, between=self._give_way)
         self._steps = steps_of(len(self._examples), config.rows, config.max_steps, config.epochs)
         self._state = RunState()
@@ -252,7 +256,7 @@ class _Run:
             raise self._diverged(loss, norm, found, chosen)
         rate = config.learning_rate * learning_share(state.step + 1, self._steps, config.warmup_steps)
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["size"]
         self._optimizer.step()
         state.step += 1
         state.first_loss = loss if state.step == 1 else state.first_loss
@@ -355,6 +359,17 @@ class _Run:
         if self._ranks.first:
             with disk_errors(self._folder):
                 files.append_line(self._log, json.dumps(line))
+
+
+def _size(parameter: Tensor, how: Literal["relative", "absolute"]) -> float:
+    """What a learning rate of 1 moves a number of ``parameter`` by.
+
+    Root mean square, as Adafactor's relative step (arXiv 1804.04235, algorithm 4): keys are some hundred times larger
+    than the first layer's values, and a step that moves the one moves nothing, or tears the other apart.
+    """
+    if how == "absolute":
+        return 1.0
+    return max(_LEAST_SIZE, float(parameter.detach().double().square().mean().sqrt()))
 
 
 def learning_share(step: int, steps: int, warmup: int) -> float:

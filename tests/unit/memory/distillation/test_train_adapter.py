@@ -82,10 +82,10 @@ def test_mapping() -> None:
 
 
 def test_what_the_library_cannot_do_is_named() -> None:
-    config = TrainingConfig(early_stop_patience=0, loss="upstream")
+    config = TrainingConfig(early_stop_patience=0, loss="upstream", step_size="absolute")
     assert not_honoured(config, gold_rows(2)) == []
     full = TrainingConfig(time_budget_seconds=5, gold_weight=0.5)
-    assert len(not_honoured(full, gold_rows(2))) == 4
+    assert len(not_honoured(full, gold_rows(2))) == 5
     assert not_honoured(config, gold_rows(2, weight=2.0)) == ["weights of rows"]
 
 

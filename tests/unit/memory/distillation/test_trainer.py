@@ -20,7 +20,13 @@ from memory.distillation.errors import BadRow, CheckpointUnusable, TrainerDiskFu
 from memory.distillation.initialisers import text_prefix
 from memory.distillation.rows import Row, RowMessage
 from memory.distillation.student import Student
-from memory.distillation.trainer import FINAL_SHARE, Progress, TrainingResult, learning_share, train_cartridge
+from memory.distillation.trainer import (
+    FINAL_SHARE,
+    Progress,
+    TrainingResult,
+    learning_share,
+    train_cartridge,
+)
 from storage import files
 from tests.support.tiny_cartridges import TRAINING, gold_rows, teacher_row, tiny_loaded
 from workspace.errors import PrefixMismatch
@@ -86,7 +92,7 @@ def test_loss_falls_below_init_and_below_a_shuffled_control(architecture: str, t
     loaded = tiny_loaded(tmp_path / "model", architecture, **layers)
     init = text_prefix(loaded, "The quick brown fox jumps over the lazy dog.", 16)
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
-    rows, options = gold_rows(), {"max_steps": 40, "learning_rate": 0.1, "held_out": []}
+    rows, options = gold_rows(), {"max_steps": 40, "learning_rate": 0.2, "held_out": []}
     true = run(loaded, init, tmp_path / "true", rows_of=rows, **options)
     control = run(loaded, init, tmp_path / "control", rows_of=gold_rows(shuffled=True), **options)
     start, end, shuffled = (loss_of(loaded, prefix, rows) for prefix in (init, true.prefix, control.prefix))
@@ -100,6 +106,19 @@ def test_loss_falls_below_init_and_below_a_shuffled_control(architecture: str, t
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     assert not loaded.model.training
+
+
+def test_a_relative_step_moves_each_tensor_by_a_share_of_its_size(
+    loaded: LoadedModel, init: KVPrefix, tmp_path: Path
+) -> None:
+    """Adam's first step moves every number by the rate, or by nothing where there is no gradient."""
+    options: dict[str, Any] = {"max_steps": 1, "warmup_steps": 0, "held_out": [], "learning_rate": 1.0}
+    for how in ("relative", "absolute"):
+        trained = run(loaded, init, tmp_path / how, step_size=how, **options).prefix
+        for before, after in zip((*init.keys, *init.values), (*trained.keys, *trained.values), strict=True):
+            before, after = before[:, :, 1:].float(), after[:, :, 1:].float()
+            size = float(before.square().mean().sqrt()) if how == "relative" else 1.0
+            assert float((after - before).abs().max()) == pytest.approx(FINAL_SHARE * size, rel=0.01)
 
 
 def test_it_moves_a_memory_into_the_prefix(loaded: LoadedModel, tmp_path: Path) -> None:
