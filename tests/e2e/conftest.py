@@ -21,10 +21,10 @@ from tests.support.server import Server
 #: A whole distillation in seconds, and one that the tiny model passes: high learning rate, no mercy.
 TINY_PRESET = """
 teacher: {model: "engine:", max_tokens: 8, max_prompt_tokens: 256}
-data: {targets: feedback, eval_share: 0.3}
+data: {targets: feedback, eval_share: 0.6}
 training: {slots: 16, learning_rate: 0.3, clip_norm: 10.0, warmup_steps: 2, max_steps: 24, rows: 8, max_tokens: 64,
            evaluate_every: 4, save_every: 12}
-gate: {min_rows: 3, max_rows: 12}
+gate: {min_rows: 3, max_rows: 4}
 """
 
 CHROMIUM = os.environ.get("OLYMPUS_TEST_CHROMIUM", "/usr/bin/chromium")
