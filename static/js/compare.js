@@ -25,6 +25,7 @@ const QUANTITIES = {
   step_ms: { words: "Milliseconds per step", of: ({ step_ms }) => step_ms },
 };
 
+let drawn = false; // what was chosen last was read and drawn
 let lives = []; // [{id, metrics, closer: columns or null, status}]
 let quantity = "holdout_loss";
 let wait = null;
@@ -152,13 +153,15 @@ export async function compare(ids) {
   lives = ids.map((id) => lives.find((life) => life.id === id) ?? { id, metrics: new Metrics(`${pathOf(id)}/metrics`), closer: null, status: null });
   byId("compare").hidden = ids.length === 0;
   byId("compare-note").textContent = ids.length === 1 ? "Choose another one to see both in one chart." : `${ids.length} of at most ${MOST}`;
-  if (ids.length === 0) return;
-  if (!same) await readStatuses();
-  if (same) return;
+  if (ids.length === 0 || (same && drawn)) return;
+  drawn = false;
+  const mine = lives;
+  await Promise.all([readStatuses(), ...lives.map(({ metrics }) => metrics.update())]);
+  if (mine !== lives) return; // others were chosen meanwhile
   for (const life of lives) life.closer = null;
   chart.clear(lives.map((life, index) => ({ label: nameOf(life), token: LOOKS[index][0], dash: LOOKS[index][1], width: 2, points: true })));
-  await Promise.all(lives.map(({ metrics }) => metrics.update()));
   draw();
+  drawn = true;
 }
 
 async function readStatuses() {

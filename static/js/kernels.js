@@ -64,22 +64,34 @@ function choose(id, on) {
 
 async function showComparison() {
   try {
-    await compare([...chosen].filter((id) => kernels.some((kernel) => kernel.kernel_id === id)));
+    await compare([...chosen]);
   } catch (error) {
     byId("compare-note").textContent = `not up to date: ${error.message}`;
   }
 }
 
-async function refresh() {
+/** Those that a link names but that were deleted since cannot be compared any more. */
+function dropDeleted() {
+  const gone = [...chosen].filter((id) => !kernels.some((kernel) => kernel.kernel_id === id));
+  if (gone.length === 0) return false;
+  for (const id of gone) chosen.delete(id);
+  writeAddress();
+  return true;
+}
+
+async function readKernels() {
   try {
     kernels = (await api.get("/olympus/kernels")).kernels;
-    render();
   } catch (error) {
     byId("kernel-count").textContent = `not up to date: ${error.message}`;
     return;
   }
-  await showComparison();
+  const dropped = dropDeleted();
+  render();
+  if (dropped) await showComparison();
 }
+
+const refresh = () => Promise.all([readKernels(), showComparison()]);
 
 // -- wiring ------------------------------------------------------------------------------------------------------
 

@@ -56,7 +56,7 @@ function comparison(first, second) {
       h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Measured"), h("th", { scope: "col", class: "num" }, "With"), h("th", { scope: "col", class: "num" }, "Without"))),
       h("tbody", {}, ROWS.filter(([, valueOf]) => [first, second].some((result) => valueOf(result) !== 0)).map(([name, valueOf, format]) =>
         h("tr", {}, h("th", { scope: "row" }, name), cell(valueOf(first), format), cell(valueOf(second), format)))))),
-    h("p", { class: "hint" }, "Written one after the other, so that neither slows the other down. Only the answer on the left is in the history and goes on in this conversation."));
+    h("p", { class: "hint" }, "Written one after the other, so that neither slows the other down. Only the first answer is in the history and goes on in this conversation."));
 }
 
 function saved(first, second) {

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from settings import ROOT
 from tests.support.server import Server
 
 #: A whole distillation in seconds, and one that the tiny model passes: high learning rate, no mercy.
@@ -39,6 +40,9 @@ FLAGS = (
     "--disable-sync",
 )
 READY_WITHIN = 240.0
+IMAGES = ROOT / "docs" / "images"
+LARGEST_IMAGE = 300_000
+WIDTHS = (360, 768, 1440)
 
 
 class Dashboard(Server):
@@ -149,7 +153,13 @@ class Watched:
 
     def check_frame(self, width: int) -> None:
         """Nothing is wider than the window, and whatever is pressed is at least 24 x 24 px (WCAG 2.2, 2.5.8)."""
-        assert self.page.evaluate("document.documentElement.scrollWidth") <= width
+        wide = self.page.evaluate(
+            """(width) => document.documentElement.scrollWidth <= width ? [] : [...document.querySelectorAll('body *')]
+              .filter((e) => e.getBoundingClientRect().right > width && !e.closest('.table-scroll *'))
+              .map((e) => `${e.tagName} ${e.id} ${e.className} ${e.getBoundingClientRect().right}`)""",
+            width,
+        )
+        assert wide == []
         small = self.page.evaluate(
             """() => [...document.querySelectorAll('button, input, select, textarea, summary, nav a')]
               .map((e) => [e, e.getBoundingClientRect()])
@@ -160,13 +170,43 @@ class Watched:
 
     def check_barriers(self, axe: str) -> None:
         """No serious or critical violation of WCAG 2.2 AA that axe-core can see."""
-        self.page.evaluate(axe)
+        if not self.page.evaluate("'axe' in window"):
+            self.page.evaluate(axe)
         found = self.page.evaluate(
             """() => axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21aa', 'wcag22aa', 'best-practice']})
               .then(({violations}) => violations.filter((v) => ['serious', 'critical'].includes(v.impact))
                 .map((v) => `${v.id}: ${v.help}: ${v.nodes.slice(0, 3).map((n) => n.html).join(' | ')}`))"""
         )
         assert found == []
+
+    def check_everywhere(self, axe: str) -> None:
+        """Frame and barriers of the page as it stands, on a phone, a tablet and a desk, light and dark."""
+        for width in WIDTHS:
+            for scheme in ("light", "dark"):
+                self.page.set_viewport_size({"width": width, "height": 900})
+                self.page.emulate_media(color_scheme=scheme)
+                self.page.wait_for_timeout(250)  # colours fade for 120 ms
+                for _ in range(30):  # charts follow in a later frame
+                    if self.page.evaluate("document.documentElement.scrollWidth") <= width:
+                        break
+                    self.page.wait_for_timeout(100)
+                self.check_frame(width)
+                self.check_barriers(axe)
+
+    def save(self, name: str) -> None:
+        """The window as a picture in docs/images."""
+        IMAGES.mkdir(parents=True, exist_ok=True)
+        path = IMAGES / f"{name}.png"
+        self.page.screenshot(path=str(path))
+        assert path.stat().st_size < LARGEST_IMAGE
+
+    def tab_to(self, selector: str, key: str = "Tab", most: int = 80) -> None:
+        """Move the focus with the keyboard alone until it is on ``selector``."""
+        for _ in range(most):
+            self.page.keyboard.press(key)
+            if self.page.evaluate("(wanted) => document.activeElement.matches(wanted)", selector):
+                return
+        pytest.fail(f"{selector} cannot be reached within {most} times {key}")
 
     def _request(self, request: Any) -> None:
         if not request.url.startswith((self.server.url + "/", "data:", "blob:")):
