@@ -28,7 +28,7 @@ from workspace.attention_backends import Base, Call, Placed, attention_mass, eag
 from workspace.context import Backend, Context, Recorder
 from workspace.errors import InvalidWorkspace
 from workspace.rope import LayerRope
-from workspace.row_batch import RowBatch, row_attention
+from workspace.row_batch import RowBatch, packed_attention
 
 NAMES: dict[Base, str] = {"eager": "workspace", "sdpa": "workspace_fused"}
 _BACKENDS: dict[Backend, Callable[[Call, Placed], tuple[Tensor, Tensor | None]]] = {
@@ -64,17 +64,19 @@ def workspace_attention(
     workspace: Context | RowBatch | None = None,
     workspace_rope: LayerRope | None = None,
     workspace_back: tuple[Tensor, Tensor] | None = None,
+    packed: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer: ``query`` [R, Hq, T, D] and the cache's ``key``, ``value`` [R, H, N, D] to [R, T, Hq, D].
 
     Query and keys are rotated. ``workspace_rope`` and ``workspace_back`` come from the hook on a hooked layer. With a
     ``RowBatch`` each row [1, Hq, 1, D] attends to the keys and values of its own cache, whatever ``key`` holds.
+    ``packed``: the stock function is ``packed_attention``.
     """
     if isinstance(workspace, RowBatch):
         hooked = {"workspace_rope": workspace_rope, "workspace_back": workspace_back}
         return _attend_rows(module, query, workspace, base=base, **hooked, **kwargs), None
-    stock = stock_eager(module) if base == "eager" else sdpa_attention_forward
+    stock = stock_eager(module) if base == "eager" else packed_attention if packed else sdpa_attention_forward
     if workspace is None:
         return stock(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
     layer: int = module.layer_idx  # type: ignore[assignment]
@@ -95,6 +97,7 @@ def workspace_attention(
         back=workspace_back,
         scaling=kwargs.pop("scaling", None) or query.shape[-1] ** -0.5,
         rest=kwargs,
+        packed=packed,
     )
     ready = None
     if segment is not None:
@@ -116,21 +119,21 @@ def _attend_rows(
     workspace_back: tuple[Tensor, Tensor] | None,
     **kwargs: Any,
 ) -> Tensor:
-    """[R, 1, Hq, D]. Rows that carry nothing here take torch's kernel, where the architecture allows it."""
+    """[R, 1, Hq, D]. All rows take the packed kernel, unless the architecture has sinks or a soft cap."""
     layer: int = module.layer_idx  # type: ignore[assignment]
     acting = dict(batch.on(layer))
-    plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
-    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    packed = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
+    kwargs["scaling"] = kwargs.get("scaling") or query.shape[-1] ** -0.5
     outputs = []
     for row, (one, (key, value)) in enumerate(zip(query.split(1), batch.rows.seen(layer), strict=True)):
-        if plain and row not in acting:
-            outputs.append(row_attention(one.reshape(1, key.shape[1], -1, one.shape[-1]), key, value, scaling))
+        if packed and row not in acting:
+            outputs.append(packed_attention(module, one, key, value, None, **kwargs)[0])
             continue
         own = {**kwargs, "position_ids": kwargs["position_ids"][row : row + 1]}
         if workspace_back is not None:
             own["workspace_back"] = tuple(factor[row : row + 1] for factor in workspace_back)
-        output, _ = workspace_attention(module, one, key, value, None, base=base, workspace=acting.get(row), **own)
-        outputs.append(output)
+        own |= {"base": "sdpa", "packed": True} if packed else {"base": base}
+        outputs.append(workspace_attention(module, one, key, value, None, workspace=acting.get(row), **own)[0])
     return torch.cat(outputs)
 
 

@@ -70,6 +70,7 @@ class Call:
     back: tuple[Tensor, Tensor]  #: factors that turn the queries back, ``LayerRope.back`` for ``position_ids``
     scaling: float
     rest: dict[str, Any]  #: further arguments for the stock function, among them ``dropout``, ``softcap``, ``s_aux``
+    packed: bool = False  #: whether that is ``row_batch.packed_attention``
 
     @property
     def heads(self) -> int:
@@ -252,8 +253,10 @@ def _real_sdpa(call: Call) -> tuple[Tensor, None, Tensor]:
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.where(mask, 0.0, -torch.inf).to(query.dtype)
-    if mask is not None and query.shape[2] == 1:  # as the stock function does; the kernel rounds differently otherwise
-        query, mask = call.grouped(query), mask if mask.shape[1] == 1 else call.grouped(mask)
+    # As the stock function does; the kernel rounds differently otherwise.
+    if (mask is not None or call.packed) and query.shape[2] == 1:
+        query = call.grouped(query)
+        mask = mask if mask is None or mask.shape[1] == 1 else call.grouped(mask)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     output, lse = kernel(query, key, value, 0.0, causal, attn_mask=mask, scale=call.scaling)
     return _laid_out(call, output), None, call.split(lse[..., None])

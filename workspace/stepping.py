@@ -1,10 +1,11 @@
 """One round of the engine: the next token of every generation that is decoding, and a chunk of one prompt.
 
 Generations that are decoding share one forward pass (``Forward.together``): each has its own cache, sampler, random
-generator, grammar, prefix and workspace, and its row attends to its own cache only. What the linear layers add up may
-round differently beside others, so in bfloat16 an answer can depend on its neighbours where two tokens are nearly
-equal. With ``batching="exact"`` every generation is computed alone, and an answer is independent of what runs beside
-it and of what ran before, to the bit.
+generator, grammar, prefix and workspace, and its row attends to its own cache only, by the same kernel whether it is
+one of many or the only one. What the linear layers add up may round differently beside others, so in bfloat16 an
+answer can depend on its neighbours where two tokens are nearly equal. With ``batching="exact"`` every generation takes
+the stock model's own passes alone, and an answer is independent of what runs beside it and of what ran before, to the
+bit.
 
 A generation is stepped alone where its pass cannot be shared: the first pass after its prompt, a context that carries
 other things than a ``Context``, layers of unusual kinds, compiled steps. An error ends the generation that it comes
@@ -89,13 +90,10 @@ class Stepper:
 
     def _decode(self, generations: Sequence[Generation], stopping: Callable[[], bool]) -> None:
         alone = list(generations)
-        if len(generations) > 1 and self._may_share():
+        if generations and self._may_share():
             candidates = [item for item in generations if as_row(item.cache) is not None]
             alone = [item for item in generations if as_row(item.cache) is None]
-            if len(candidates) > 1:
-                self._take_together([step for item in candidates if (step := self._prepared(item)) is not None])
-            else:
-                alone = list(generations)
+            self._take_together([step for item in candidates if (step := self._prepared(item)) is not None])
         for generation in alone:
             if stopping():
                 return
@@ -106,11 +104,11 @@ class Stepper:
     def _may_share(self) -> bool:
         if self._shares is None:
             self._shares = self._forward.rows_agree()
-        return self._shares
+        return self._shares and self._forward.has_rows
 
     def _take_together(self, steps: Sequence[_Step]) -> None:
         rows = {id(step): row for step in steps if (row := step.row()) is not None}
-        shared = [step for step in steps if id(step) in rows] if len(rows) > 1 else []
+        shared = [step for step in steps if id(step) in rows]
         logits = None
         if shared:
             try:

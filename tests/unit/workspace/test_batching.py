@@ -280,6 +280,33 @@ def test_a_row_whose_context_does_not_fit_fails_alone(make_engine: MakeEngine, t
     assert after.decode_passes - before.decode_passes < 0.8 * (after.decode_rows - before.decode_rows)
 
 
+def test_a_long_prompt_costs_streams_one_chunk_a_round(
+    tiny: LoadedModel, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted in passes: while ten chunks are read, three streams get ten tokens each."""
+    passes: list[str] = []
+    alone, together = Forward.__call__, Forward.together
+
+    def noted(self: Forward, token_ids: list[int], *args: Any) -> torch.Tensor:
+        passes.append(f"{len(token_ids)} of a prompt")
+        return alone(self, token_ids, *args)
+
+    def noted_rows(self: Forward, rows: list[Row]) -> torch.Tensor:
+        passes.append(f"{len(rows)} streams")
+        return together(self, rows)
+
+    engine = make_engine(tiny, prefill_chunk=16)
+    engine.warm_up()
+    monkeypatch.setattr(Forward, "__call__", noted)
+    monkeypatch.setattr(Forward, "together", noted_rows)
+    lengths = (3, 4, 5, 160)
+    generations = at_once(engine, lambda: [engine.submit(prompt_of(n), greedy(30)) for n in lengths])
+    for generation in generations:
+        generation.result(20)
+    first = passes.index("16 of a prompt")
+    assert passes[first : first + 20] == ["16 of a prompt", "3 streams"] * 9 + ["16 of a prompt", "4 streams"]
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_workspace_runs_share_passes_with_plain_requests(
     architecture: str, tiny_models: dict[str, LoadedModel], make_engine: MakeEngine
