@@ -313,8 +313,8 @@ class Runtime:
             self._tell("failed", str(error) if known else "an unexpected error; see the server's log")
             log.error("model failed to load", model=self.settings.model.name, exc_info=not known, reason=str(error))
             return
+        self._start_distillation(self._engine)  # before anybody hears that all is ready
         self._tell("ready", f"loaded in {time.monotonic() - begun:.1f} s")
-        self._start_distillation(self._engine)
         log.info("model ready", model=self.settings.model.name, seconds=round(time.monotonic() - begun, 2))
 
     def _start_distillation(self, engine: Engine) -> None:
