@@ -86,6 +86,15 @@ def show_config(
     typer.echo(yaml.safe_dump(_settings(config).masked(), sort_keys=False, allow_unicode=True), nl=False)
 
 
+@app.command("openapi")
+def show_openapi() -> None:
+    """Print the OpenAPI document, as it stands in docs/openapi.json (a test compares the two)."""
+    from web.app import create_app
+    from web.openapi import document
+
+    typer.echo(json.dumps(document(create_app(load_settings(environ={}))), indent=1, ensure_ascii=False))
+
+
 def settings_page() -> str:
     """The reference page of all settings, as it stands in docs/settings.md (a test compares the two)."""
     head = """# Settings

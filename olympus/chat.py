@@ -44,6 +44,8 @@ if TYPE_CHECKING:  # torch is imported by whoever loads the model
 
 log = structlog.get_logger(__name__)
 
+_COMPLETION_TOKENS = 16  # OpenAI's default for texts to go on with
+
 
 class ChatService:
     """Opens chats. One per process; safe to use from all threads."""
@@ -164,10 +166,11 @@ class ChatService:
         wanted = request.max_tokens
         if wanted is not None and wanted > defaults.max_tokens:
             raise InvalidSampling("max_tokens", f"at most {defaults.max_tokens} on this server, got {wanted}")
+        usual = defaults.default_max_tokens if request.prompt is None else _COMPLETION_TOKENS
         named = ("top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
         given = {name: getattr(request, name) for name in named if getattr(request, name) is not None}
         return SamplingParams(
-            max_tokens=min(defaults.default_max_tokens, defaults.max_tokens) if wanted is None else wanted,
+            max_tokens=min(usual, defaults.max_tokens) if wanted is None else wanted,
             temperature=defaults.temperature if request.temperature is None else request.temperature,
             top_p=defaults.top_p if request.top_p is None else request.top_p,
             seed=request.seed,

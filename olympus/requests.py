@@ -7,9 +7,10 @@ silently ignored.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}\z"
 #: The domain of a kernel that learns from every domain.
@@ -27,6 +28,13 @@ CheckpointName = Annotated[str, StringConstraints(pattern=r"^step-[0-9]{8}\z")]
 CheckpointChoice = Annotated[str, StringConstraints(pattern=r"^(best|latest|step-[0-9]{8})\z")]
 
 
+def _no_number(value: Any) -> Any:
+    """A literal ``false`` also takes 0, which equals it."""
+    if type(value) is not bool:
+        raise PydanticCustomError("bool_type", "Input should be a valid boolean")
+    return value
+
+
 class _Request(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -42,8 +50,8 @@ class ExperienceIn(_Request):
     action: Text
     feedback: Text | None = None
     score: float | None = Field(None, ge=-1, le=1)
-    session_id: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = None
-    request_id: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = None
+    session_id: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\x00]*\z")] | None = None
+    request_id: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\x00]*\z")] | None = None
 
 
 class ExperienceBatch(_Request):
@@ -142,7 +150,7 @@ class RouteRequest(_Request):
 class PollRequest(QueryRequest):
     """One question to all kernels, or to ``kernels``; after ``seconds`` no further one is asked."""
 
-    learn: Literal[False] = False
+    learn: Annotated[Literal[False], BeforeValidator(_no_number)] = False
     max_tokens: int = Field(32, ge=1, le=128)
     kernels: tuple[KernelRef, ...] | None = Field(None, min_length=1, max_length=64)
     seconds: float = Field(10.0, ge=0.1, le=60)

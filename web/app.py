@@ -30,6 +30,7 @@ from web import (
     keys,
     memory,
     openai,
+    openapi,
     ops,
     pages,
     pantheon,
@@ -71,7 +72,7 @@ def create_app(settings: Settings | None = None, runtime: Runtime | None = None)
     _install(app, runtime)
     kept = (kernels, kernel_files, pantheon, history, history_files, memory, cartridges, distillation)
     admin = (keys, administration, system, forgetting)
-    for module in (*admin, ops, openai, responses, embeddings, tokasaurus, *kept, stream, pages):
+    for module in (*admin, ops, openapi, openai, responses, embeddings, tokasaurus, *kept, stream, pages):
         app.register_blueprint(module.blueprint)
     auth.check_every_view_is_guarded(app)
     return app

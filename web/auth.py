@@ -51,6 +51,11 @@ def requires(scope: str) -> Callable[[View], View]:
     return mark
 
 
+def scope_of(view: Callable[..., object]) -> str | None:
+    """What ``requires`` declared; None for open routes."""
+    return getattr(view, _SCOPE, None)
+
+
 @dataclass(frozen=True, slots=True)
 class Authenticated:
     """A principal, and what proved it."""

@@ -8,8 +8,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    StringConstraints,
+    WithJsonSchema,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 ID_LIMIT = 2**63 - 1
 _MOST_STOPS = 4
@@ -30,20 +40,27 @@ def _unsupported(value: Any) -> Any:
     raise PydanticCustomError("unsupported", "is not supported yet; leave it out")
 
 
-Unsupported = Annotated[Any, AfterValidator(_unsupported)]
+Unsupported = Annotated[Any, AfterValidator(_unsupported), WithJsonSchema({"enum": [None, [], {}]})]
 Ignored = Any
 
 
-def only(*allowed: Any) -> BeforeValidator:
-    """Accept exactly these values; the rest is not supported yet."""
+class only:
+    """In the annotation of a field: accept exactly these values, and null; the rest is not supported yet."""
 
-    def check(value: Any) -> Any:
-        if value is None or any(value == item and type(value) is type(item) for item in allowed):
+    def __init__(self, *allowed: Any) -> None:
+        self._allowed = allowed
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": [*self._allowed, None]}
+
+    def _check(self, value: Any) -> Any:
+        if value is None or any(value == item and type(value) is type(item) for item in self._allowed):
             return value
-        shown = " or ".join(repr(item) for item in allowed)
+        shown = " or ".join(repr(item) for item in self._allowed)
         raise PydanticCustomError("unsupported", "only {shown} is supported yet", {"shown": shown})
-
-    return BeforeValidator(check)
 
 
 def without_nul(text: str) -> str:
@@ -85,4 +102,20 @@ def _token_ids(value: Any) -> Any:
 
 
 #: OpenAI's map of token ids to what is added to their logits.
-LogitBias = Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]] | None, BeforeValidator(_token_ids)]
+LogitBias = Annotated[
+    dict[int, Annotated[float, Field(ge=-100, le=100)]] | None,
+    BeforeValidator(_token_ids),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {
+                    "type": "object",
+                    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+                    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+                    "maxProperties": _MOST_BIASES,
+                },
+                {"type": "null"},
+            ]
+        }
+    ),
+]

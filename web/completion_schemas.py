@@ -16,7 +16,9 @@ from web.body import Session, Unsupported, only, without_nul
 from web.cartridge_requests import CartridgeList
 from web.sampling_body import SamplingBody
 
-_DEFAULT_MAX_TOKENS = 16  # OpenAI's
+_Ids = Annotated[list[int], Field(min_length=1)]
+#: What clients may send as ``prompt``, for the OpenAPI document.
+_FORMS = str | _Ids | Annotated[list[str | _Ids], Field(min_length=1, max_length=1)]
 
 
 def _prompt(value: Any) -> Any:
@@ -37,7 +39,7 @@ def _prompt(value: Any) -> Any:
 class CompletionBody(SamplingBody):
     """``POST /v1/completions``."""
 
-    prompt: Annotated[str | tuple[int, ...], BeforeValidator(_prompt)]
+    prompt: Annotated[str | tuple[int, ...], BeforeValidator(_prompt, json_schema_input_type=_FORMS)]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     session: Session | None = None
     domain: Name | None = None
@@ -49,7 +51,7 @@ class CompletionBody(SamplingBody):
     def to_request(self, *, actor: str, idempotency_key: str | None) -> ChatRequest:
         """What the chat service takes."""
         return ChatRequest(
-            **self.sampling() | {"max_tokens": _DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens},
+            **self.sampling(),
             messages=(),
             prompt=self.prompt,
             logprobs=self.logprobs is not None,

@@ -22,6 +22,12 @@ blueprint = Blueprint("embeddings", __name__, url_prefix="/v1")
 _MOST_INPUTS = 2048  # OpenAI's
 
 
+_Text = Annotated[str, StringConstraints(min_length=1)]
+_Ids = Annotated[list[int], Field(min_length=1)]
+#: What clients may send as ``input``, for the OpenAPI document.
+_FORMS = _Text | _Ids | Annotated[list[_Text | _Ids], Field(min_length=1, max_length=_MOST_INPUTS)]
+
+
 def _inputs(value: Any) -> Any:
     """OpenAI's four forms as a list of texts and token ids."""
     if isinstance(value, str) or (isinstance(value, list) and value and all(type(item) is int for item in value)):
@@ -44,7 +50,7 @@ def _input(item: Any) -> Input:
 class EmbeddingsBody(Body):
     """``POST /v1/embeddings``."""
 
-    input: Annotated[tuple[str | tuple[int, ...], ...], BeforeValidator(_inputs)]
+    input: Annotated[tuple[str | tuple[int, ...], ...], BeforeValidator(_inputs, json_schema_input_type=_FORMS)]
     model: Annotated[str, StringConstraints(max_length=256)] | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1, le=1_000_000)] | None = None

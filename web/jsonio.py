@@ -83,7 +83,12 @@ def read_body() -> bytes:
 
 
 def parse_query(model: type[Model]) -> Model:
-    """The current request's query string as ``model``. Raises 422."""
+    """The current request's query string as ``model``. Raises 422, also for a NUL, which no database looks for."""
+    for name, text in request.args.items():
+        if "\x00" in name + text:
+            field = name.replace("\x00", "\ufffd")[:200]
+            detail = "must not contain NUL characters"
+            raise ApiError(422, "invalid_request", f"{field}: {detail}", errors=[FieldError(field, detail)])
     try:
         return model.model_validate(request.args.to_dict())
     except ValidationError as error:

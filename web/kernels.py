@@ -20,7 +20,7 @@ blueprint = Blueprint("kernels", __name__, url_prefix="/olympus/kernels")
 class KernelId(BaseConverter):
     """A kernel's id: a name, a hyphen, six hex digits; nothing else reaches Zeus, the database or the disk."""
 
-    regex = r"[a-z0-9][a-z0-9-]{0,79}"
+    regex = r"[a-z0-9][a-z0-9-]{0,72}-[0-9a-f]{6}"
 
 
 class CheckpointName(BaseConverter):

@@ -20,6 +20,7 @@ from olympus.chat_record import idempotent_id
 from olympus.chat_types import ChatRequest, ResponseNote
 from web.body import ID_LIMIT, Body, Ignored, Unsupported, only, without_nul
 from web.cartridge_requests import take_tags
+from web.errors import ApiError, FieldError
 from web.our_fields import OurFields
 from web.response_format import FormatName
 from web.response_items import Items, Message, Resolve, to_messages
@@ -167,6 +168,9 @@ class ResponseBody(SamplerBody, OurFields):
         given = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
         instructions, of_instructions = take_tags(given)
         asked, of_input = take_tags(to_messages(self.input, earlier, resolve))
+        if not asked and not earlier:
+            detail = "holds nothing to answer; give at least one message"
+            raise ApiError(422, "invalid_request", f"input: {detail}", errors=[FieldError("input", detail)])
         ours = self.ours((*of_instructions, *of_input))
         effort = None if self.reasoning is None else self.reasoning.effort
         return ChatRequest(
@@ -231,7 +235,6 @@ class RetrieveQuery(Body):
     include: Ignored = None
     include_list: Annotated[Ignored, Field(alias="include[]")] = None
     include_obfuscation: Ignored = None
-    starting_after: Unsupported = None
 
 
 class ItemsQuery(Body):

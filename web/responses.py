@@ -89,7 +89,7 @@ def input_items(response_id: str) -> ResponseReturnValue:
     if query.after is not None:
         begin = next((place for place, item in enumerate(items, 1) if item["id"] == query.after), 0)
         if not begin:
-            raise _refused("after", f"there is no input item {query.after!r} in this response")
+            raise ApiError(404, "item_not_found", f"there is no input item {query.after!r} in this response")
     page = items[begin : begin + query.limit]
     ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
     more = begin + query.limit < len(items)

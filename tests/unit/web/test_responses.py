@@ -226,6 +226,7 @@ def test_log_probabilities(client: FlaskClient) -> None:
     [
         ({"input": []}, None, "at least one item"),
         ({"input": 3}, "input", "a text, or a list"),
+        ({"input": [{"type": "reasoning"}]}, "input", "nothing to answer"),
         ({"input": [{"type": "computer_call_output"}]}, "input[0]", "only items of the types message"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content", "input_image"),
         ({"input": [{"role": "user", "content": "\x00"}]}, "input[0]", "NUL"),
