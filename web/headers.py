@@ -16,6 +16,7 @@ from flask import Flask, Response, g, request
 from telemetry.logs import bind_request
 from telemetry.metrics import Metrics
 from web.assets import Assets
+from web.compression import Compressor
 
 log = structlog.get_logger("web.access")
 
@@ -37,6 +38,7 @@ _QUIET = frozenset({"static", "ops.healthz", "ops.readyz", "ops.metrics"})
 
 def install(app: Flask, metrics: Metrics, assets: Assets) -> None:
     """Register the hooks; before all others, so that even a refused request has its id and its line."""
+    compressor = Compressor(assets)
 
     @app.before_request
     def begin() -> None:
@@ -53,6 +55,7 @@ def install(app: Flask, metrics: Metrics, assets: Assets) -> None:
         if request.is_secure:
             response.headers["Strict-Transport-Security"] = "max-age=31536000"
         _set_caching(response, assets)
+        compressor.apply(response)
         _account_for(response, metrics)
         return response
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import re
@@ -38,6 +39,25 @@ def test_request_ids(client: FlaskClient) -> None:
     for bad in ("", "x" * 65, "a b", "é", "<script>"):
         told = client.get("/healthz", headers={"X-Request-Id": bad}).headers["X-Request-Id"]
         assert re.fullmatch("[0-9a-f]{32}", told)
+
+
+def test_static_texts_are_compressed_for_who_takes_it(client: FlaskClient) -> None:
+    plain = client.get("/static/js/dom.js", buffered=True)
+    assert "Content-Encoding" not in plain.headers
+    for _ in range(2):  # compressed, then kept
+        packed = client.get("/static/js/dom.js", headers={"Accept-Encoding": "gzip, br"}, buffered=True)
+        assert packed.headers["Content-Encoding"] == "gzip"
+        assert gzip.decompress(packed.data) == plain.data
+        assert int(packed.headers["Content-Length"]) == len(packed.data) < len(plain.data) / 2
+        assert "Accept-Encoding" in packed.headers["Vary"]
+    tag = {"Accept-Encoding": "gzip", "If-None-Match": packed.headers["ETag"]}
+    assert client.get("/static/js/dom.js", headers=tag, buffered=True).status_code == 304
+    refused = client.get("/static/js/dom.js", headers={"Accept-Encoding": "gzip;q=0"}, buffered=True)
+    assert refused.data == plain.data
+    part = {"Accept-Encoding": "gzip", "Range": "bytes=0-9"}
+    assert client.get("/static/js/dom.js", headers=part, buffered=True).data == plain.data[:10]
+    for path in ("/", "/olympus/kernels"):
+        assert "Content-Encoding" not in client.get(path, headers={"Accept-Encoding": "gzip"}).headers
 
 
 def test_what_may_be_kept(client: FlaskClient) -> None:
