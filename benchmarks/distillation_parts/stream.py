@@ -3,7 +3,8 @@
 Real messages (banking77) that have to be tagged with arbitrary codes; after each answer the agent is told what would
 have been right. Arms: no memory, the full history in the prompt, a window of the newest, the nearest experiences, and
 the hybrid, which a server's own schedule distils by its triggers. After each phase all of them answer the same held-out
-questions with their memory frozen. One seed, the first that is given.
+questions with their memory frozen. One seed, the first that is given. The hybrid lives on its server beside the others,
+which live in this process one after the other.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ from agents.kv_memory_agent import KVMemoryAgent
 from agents.over_http import OlympusServer
 from benchmarks.distillation_parts import stream_report as report
 from benchmarks.distillation_parts.house import load
-from benchmarks.distillation_parts.stream_hybrid import DOMAIN, FIRST_PROMPT, HybridLife, Killed, settings
+from benchmarks.distillation_parts.stream_hybrid import DOMAIN, FIRST_PROMPT, PATIENCE, HybridLife, Killed, settings
 from benchmarks.distillation_parts.stream_lives import Life, live, local_arms, own_history
 from benchmarks.distillation_parts.stream_swap import CLIENTS, Swapped, swap_under_clients
 from benchmarks.kernel_parts.common import MissingData, Options
@@ -41,9 +43,9 @@ class Size:
 
     per_phase: int = 60
     block: int = 15
-    questions: int = 8  #: held-out messages of each intent
-    every: int = 20  #: episodes between two distillations
-    steps: int = 50
+    questions: int = 5  #: held-out messages of each intent
+    every: int = 30  #: episodes between two distillations
+    steps: int = 100
     kill_in: int = 3  #: the run in which the server is killed
     swaps: int = 6
 
@@ -60,12 +62,11 @@ def run(options: Options) -> str:
         options.data / "banking77", per_phase=size.per_phase, eval_per_intent=size.questions, seed=seed
     )
     config = EpisodesConfig(episodes=3 * size.per_phase, eval_every=size.per_phase, eval_tasks=6 * size.questions)
-    with tempfile.TemporaryDirectory(prefix="olympus-stream-") as name:
+    with tempfile.TemporaryDirectory(prefix="olympus-stream-") as name, ThreadPoolExecutor(1) as beside:
         folder = Path(name)
+        local = beside.submit(_local, options, environment, folder, config)
         lives, runs, killed, swapped = _hybrid(environment, folder, config, size, seed)
-        local = _local(options, environment, folder, config)
-    lives = {**local, **lives}
-    return told(lives, runs, killed, swapped, size, seed)
+        return told({**local.result(), **lives}, runs, killed, swapped, size, seed)
 
 
 def preset(system_prompt: str, size: Size, seed: int) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def preset(system_prompt: str, size: Size, seed: int) -> dict[str, Any]:
         "system_prompt": system_prompt,
         "seed": seed,
         "teacher": {"max_prompt_tokens": FIRST_PROMPT},
-        "data": {"targets": "feedback", "eval_share": 0.2},
+        "data": {"targets": "feedback", "eval_share": 0.2, "half_life": 30},
         "cache_init": {"type": "pretrained"},
         "training": {
             "slots": 64,
@@ -113,8 +114,8 @@ def _hybrid(
         if len(served) > 1:
             lm = stack.enter_context(life.client())
             swapped = swap_under_clients(
-                stack.enter_context(OlympusServer(server.url)),
-                stack.enter_context(Transport(server.url)),
+                stack.enter_context(OlympusServer(server.url, patience=PATIENCE)),
+                stack.enter_context(Transport(server.url, patience=PATIENCE)),
                 DOMAIN,
                 (served[-2], served[-1]),
                 environment.evaluation(config.episodes)[:8],

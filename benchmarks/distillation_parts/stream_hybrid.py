@@ -26,11 +26,13 @@ from agents.registry import make_agent
 from benchmarks.distillation_parts.stream_lives import MAX_TOKENS, Life
 from cli.distill_cycle import CycleError, OwnServer, Tell
 from lm.openai_client import OpenAIClient
-from lm.transport import Transport
+from lm.transport import Patience, Transport
 from memory.kv_cache_memory import KVCacheMemory
 
 DOMAIN = "stream"
-_RUN_SECONDS = 3600.0
+_RUN_SECONDS = 7200.0
+#: A niced server on a busy machine takes its time, and an answer that is asked for twice is paid for twice.
+PATIENCE = Patience(timeout=900.0)
 #: Until there is a cartridge it acts with the long prompt, which is at chance at any length: a short one costs less.
 FIRST_PROMPT = 512
 
@@ -62,8 +64,8 @@ class HybridLife:
     killed: Killed | None = None
 
     def __post_init__(self) -> None:
-        self._transport = Transport(self.server.url)
-        self._olympus = OlympusServer(self.server.url)
+        self._transport = Transport(self.server.url, patience=PATIENCE)
+        self._olympus = OlympusServer(self.server.url, patience=PATIENCE)
         self._model = self._transport.get("/v1/models")["data"][0]["id"]
         self._known: set[str] = set()
         self._paid = 0.0  #: CPU seconds of processes that were killed
@@ -80,7 +82,9 @@ class HybridLife:
 
     def client(self) -> OpenAIClient:
         """Of the server's chat, which is not to write down what the agent itself does."""
-        return OpenAIClient(f"{self.server.url}/v1", self._model, accepts_cartridges=True, extra={"store": False})
+        extra = {"store": False}
+        url = f"{self.server.url}/v1"
+        return OpenAIClient(url, self._model, accepts_cartridges=True, extra=extra, patience=PATIENCE)
 
     def run(self, config: EpisodesConfig) -> Life:
         """Live; the CPU seconds are those of answering alone."""
@@ -187,6 +191,8 @@ def settings(folder: Path, preset: Mapping[str, Any]) -> dict[str, str]:
     return {
         "OLYMPUS_DISTILLATION__DOMAINS": f"{{{DOMAIN}: {path}}}",
         "OLYMPUS_DISTILLATION__CHECK_SECONDS": "0.5",
+        "OLYMPUS_DISTILLATION__NICENESS": "0",  # nobody is served meanwhile
+        "OLYMPUS_ENGINE__BATCHING": "exact",  # an answer is the same to the bit, alone and beside others
         "OLYMPUS_MODEL__DTYPE": "bfloat16",
         "OLYMPUS_MODEL__THREADS": "1",
         "OLYMPUS_KERNELS__SPAWN_DEFAULT": "false",

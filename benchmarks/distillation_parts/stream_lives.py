@@ -27,7 +27,8 @@ from storage.database import Database
 from storage.models import Base
 from workspace.engine import Engine
 
-WINDOW = NEIGHBOURS = 8
+WINDOW = 4
+NEIGHBOURS = 8
 MAX_TOKENS = 12  #: of an action; the codes have up to six
 
 
@@ -41,7 +42,7 @@ class Life:
 
 def local_arms(engine: Engine, history: History, system_prompt: str) -> dict[str, MemoryAgent]:
     """The arms by name; each has a domain of ``history`` of its own, but the memoryless one, which reads nothing."""
-    lm = EngineClient(engine)
+    lm = EngineClient(engine, timeout=3600.0)
     config = AgentConfig(system_prompt=system_prompt, max_tokens=MAX_TOKENS, neighbours=NEIGHBOURS)
     whole = config.model_copy(update={"max_prompt_tokens": engine.loaded.context_length - MAX_TOKENS})
 

@@ -109,7 +109,7 @@ def test_every_arm_lives_the_three_phases(engine: Engine, tmp_path: Path) -> Non
     shown = {name: [item.experiences for item in stream_report.lived(found.scores)] for name, found in lives.items()}
     assert shown["memoryless"] == [0] * 12
     assert shown["full history"] == list(range(12))
-    assert shown["newest 8"] == [*range(8), 8, 8, 8, 8]
+    assert shown["newest 4"] == [*range(4), *[4] * 8]
     assert max(shown["8 nearest (BM25)"]) <= 8
     assert engine.stats().cached_tokens > 0, "the growing prompt is not read anew every time"
     page = stream.told({stream.HYBRID: lives["memoryless"], **lives}, [], None, None, stream.Size(per_phase=4), 1)
@@ -206,3 +206,6 @@ def test_a_life_over_http_survives_a_kill(model: Path, tmp_path: Path) -> None:
     assert killed.steps_once
     assert killed.state in ("promoted", "rejected")
     assert killed.experiences == (8, 8)
+    page = stream.told({stream.HYBRID: found}, hybrid.runs, killed, None, size, 1)
+    assert f"Kill: SIGKILL to the server after step {killed.at_step} of {killed.run}" in page
+    assert len([line for line in page.splitlines() if "| episodes |" in line]) == 3
