@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from workspace.engine import Engine
-from workspace.generation import TokenChunk
+from workspace.generation import Finished, TokenChunk
 from workspace.models import LoadedModel
 from workspace.packaged import MANIFEST, PACKAGED, ensure_packaged, verify_packaged
 from workspace.sampling import SamplingParams
@@ -28,7 +28,19 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def engine(smollm2: LoadedModel) -> Iterator[Engine]:
-    engine = Engine(smollm2, max_active=4, max_waiting=8, threads=1)
+    """The one that promises the stock model's bits."""
+    engine = Engine(smollm2, max_active=4, max_waiting=8, threads=1, batching="exact", prefix_cache_bytes=64 << 20)
+    engine.start()
+    engine.warm_up()
+    yield engine
+    assert engine.stop()
+    engine.check_invariants()
+
+
+@pytest.fixture(scope="module")
+def sharing(smollm2: LoadedModel) -> Iterator[Engine]:
+    """The one that serves."""
+    engine = Engine(smollm2, max_active=4, max_waiting=8, threads=1, prefix_cache_bytes=64 << 20)
     engine.start()
     engine.warm_up()
     yield engine
@@ -93,6 +105,45 @@ def test_requests_at_once_equal_requests_alone(engine: Engine) -> None:
     alone = [engine.submit(prompt, params).result(timeout=120) for prompt in prompts]
     together = [engine.submit(prompt, params) for prompt in prompts]
     assert [item.result(timeout=120).text for item in together] == [item.text for item in alone]
+
+
+def test_whole_chunks_of_a_prompt_are_taken_over_to_the_bit(engine: Engine) -> None:
+    story = [{"role": "user", "content": " ".join(PROMPTS * 7)}]
+    prompt = engine.render(story)
+    assert len(prompt) > 257
+    params = SamplingParams(max_tokens=8, temperature=0, logprobs=True)
+    first, again = (list(engine.submit(prompt, params).stream(20)) for _ in range(2))
+    ends = [events.pop() for events in (first, again)]
+    assert first == again  # log-probabilities included
+    assert [end.usage.cached_tokens for end in ends if isinstance(end, Finished)] == [0, 256]
+
+
+def test_shared_passes_answer_as_the_stock_model_does(sharing: Engine, engine: Engine) -> None:
+    """bfloat16 rounds differently in a shared pass: the same model still, by the log-probabilities of its answers."""
+    conversations = [[{"role": "user", "content": text}] for text in PROMPTS]
+    params = SamplingParams(max_tokens=12, temperature=0, logprobs=True)
+    running = [sharing.submit(conversation, params) for conversation in conversations]
+    for conversation, generation in zip(conversations, running, strict=True):
+        stock = engine.submit(conversation, params)
+        pairs = zip(list(generation.stream(20)), list(stock.stream(20)), strict=False)
+        for one, other in pairs:
+            if not isinstance(one, TokenChunk) or not isinstance(other, TokenChunk) or one.token_id != other.token_id:
+                break
+            assert one.logprob == pytest.approx(other.logprob, abs=0.25)
+        assert len(generation.result().token_ids) > 5
+    stats = sharing.stats()
+    assert stats.decode_rows > 2 * stats.decode_passes
+
+
+def test_the_second_turn_reads_only_what_is_new(sharing: Engine) -> None:
+    messages = [{"role": "user", "content": " ".join(PROMPTS * 4)}]
+    params = SamplingParams(max_tokens=24, temperature=0)
+    first = sharing.submit(messages, params).result(timeout=120)
+    messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "And in one word?"}]
+    second = sharing.submit(messages, params).result(timeout=120)
+    assert first.usage.cached_tokens < 64  # at most the template's beginning
+    assert second.usage.cached_tokens >= first.usage.prompt_tokens - 64
+    assert second.usage.prompt_tokens - second.usage.cached_tokens < 128
 
 
 def test_the_capital_of_france_is_paris(engine: Engine) -> None:
