@@ -88,7 +88,7 @@ def preset(system_prompt: str, size: Size, seed: int) -> dict[str, Any]:
             "early_stop_patience": 0,
             "save_every": 10,
         },
-        "gate": {"metric": "exact", "min_rows": 1, "max_rows": 24, "margin": 0.2},
+        "gate": {"metric": "exact", "min_rows": 1, "max_rows": 16, "margin": 0.2},
         "schedule": {
             "enabled": True,
             "cooldown_seconds": 0,
@@ -109,6 +109,7 @@ def _hybrid(
         life = HybridLife(server, environment, folder / HYBRID, size.kill_in, size.steps // 2, _tell)
         stack.callback(life.close)
         lived = life.run(config)
+        _tell(_summary(HYBRID, lived))
         served = [run["progress"]["cartridge"] for run in life.runs if run["state"] == "promoted"]
         swapped = None
         if len(served) > 1:
@@ -134,7 +135,7 @@ def _local(options: Options, environment: DriftingConventions, folder: Path, con
             for name, agent in local_arms(engine, history, environment.system_prompt).items():
                 _tell(f"living: {name}")
                 lives[name] = live(agent, environment, folder / f"life-{len(lives)}", config)
-                _tell(f"  reward {sum(score.score for score in report.lived(lives[name].scores)):.0f}")
+                _tell(_summary(name, lives[name]))
     finally:
         engine.stop()
     return lives
@@ -196,6 +197,13 @@ def _swap_told(swapped: Swapped | None) -> str:
         f"of them under way at a swap; {swapped.mixed} that their version does not give alone. The two versions say "
         f"different things to {swapped.telling} of the questions."
     )
+
+
+def _summary(name: str, life: Life) -> str:
+    """What a life came to, for whoever waits for the others."""
+    size = len(report.lived(life.scores)) // 3
+    scores = {name: life.scores}
+    return f"{name} has lived:\n{report.by_phase(scores, size)}\n{report.forgetting(scores, size)}"
 
 
 def _tell(message: str) -> None:

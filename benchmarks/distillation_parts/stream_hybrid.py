@@ -34,7 +34,7 @@ _RUN_SECONDS = 7200.0
 #: A niced server on a busy machine takes its time, and an answer that is asked for twice is paid for twice.
 PATIENCE = Patience(timeout=900.0)
 #: Until there is a cartridge it acts with the long prompt, which is at chance at any length: a short one costs less.
-FIRST_PROMPT = 512
+FIRST_PROMPT = 256
 
 
 @dataclass(frozen=True)
