@@ -187,7 +187,12 @@ class KernelSettings(_Section):
     )
     patience_evaluations: int = Field(40, ge=1, description="Evaluations without improvement until settled.")
     step_pause_ms: float = Field(0.0, ge=0, le=1000, description="Pause after each step, in milliseconds.")
-    serve_pause_ms: float = Field(50.0, ge=0, le=1000, description="Pause per step while a chat is generating.")
+    serve_share: float = Field(
+        0.1, gt=0, le=1, description="Share of a core that a training thread takes while a chat is generating."
+    )
+    serve_pause_ms: float = Field(
+        10_000.0, ge=0, le=30_000, description="The most that running chats may hold up one training step."
+    )
     query_pause_ms: float = Field(
         250.0, ge=0, le=10_000, description="The most that open questions to kernels may hold up one training step."
     )

@@ -29,7 +29,7 @@ import torch
 
 from olympus.checkpoint_mirror import CheckpointMirror
 from olympus.checkpoints import CheckpointStore
-from olympus.courtesy import Courtesy
+from olympus.courtesy import Courtesy, Pace
 from olympus.experience_source import ExperienceSource
 from olympus.kernel_rows import KernelRecord, KernelRows, State
 from olympus.metrics_store import MetricsStore
@@ -191,7 +191,9 @@ class KernelTrainingThread(threading.Thread):
         if damaged:
             reason = f"{', '.join(damaged)} could not be used; went back to step {session.step}"
             services.rows.set_state(self.kernel_id, self._state, reason, step=session.step)
-        session.courtesy = Courtesy(services.gate, services.settings.query_pause_ms / 1000)
+        settings = services.settings
+        pace = Pace(services.serving_busy, settings.serve_share, settings.serve_pause_ms / 1000, self._stop_requested)
+        session.courtesy = Courtesy(services.gate, settings.query_pause_ms / 1000, pace)
         services.metrics.begin(self.kernel_id, session.step)
         self._show(session)
         self._fresh.clear()
@@ -234,9 +236,8 @@ class KernelTrainingThread(threading.Thread):
 
     def _yield_processor(self) -> None:
         settings = self._services.settings
-        pause = settings.serve_pause_ms if self._services.serving_busy() else settings.step_pause_ms
-        if pause > 0:
-            self._stop_requested.wait(pause / 1000)
+        if settings.step_pause_ms > 0:
+            self._stop_requested.wait(settings.step_pause_ms / 1000)
         self._services.gate.give_way(settings.query_pause_ms / 1000)
 
     def _enter(self, state: State, reason: str, session: TrainingSession) -> None:

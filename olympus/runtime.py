@@ -280,7 +280,7 @@ class Runtime:
         return self._engine
 
     def _engine_is_busy(self) -> bool:
-        return self._engine is not None and self._engine.stats().active > 0
+        return self._engine is not None and self._engine.is_busy
 
     def _counts(self) -> dict[str, int]:
         """What ``Vitals`` notes beside CPU and memory."""

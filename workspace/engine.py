@@ -245,6 +245,11 @@ class Engine:
             self._changed.notify_all()
         return generation
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether generations run or wait; without a lock, for those who ask every millisecond."""
+        return bool(self._active or self._waiting)
+
     def stats(self) -> EngineStats:
         """A consistent snapshot of the counters."""
         with self._changed:

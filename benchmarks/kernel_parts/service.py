@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def run(options: Options) -> str:
     training, asking = list[list[str]](), list[list[str]]()
     for seed in options.seeds[:1] if options.quick else options.seeds:
         for preset in PRESETS[:1] if options.quick else PRESETS:
-            with _zeus() as zeus:
+            with open_zeus() as zeus:
                 trained, asked = _measure(zeus, preset, seed, options)
             training.append(trained)
             asking += asked
@@ -62,20 +62,20 @@ def run(options: Options) -> str:
 
 
 def _measure(zeus: Zeus, preset: str, seed: int, options: Options) -> tuple[list[str], list[list[str]]]:
-    messages = _messages(options)
+    messages = messages_of(options)
     items = tuple(ExperienceIn(observation=text, action=label) for text, label in messages)
-    asked = _spawn(zeus, "asked", preset, seed, items)
-    _wait(zeus, asked, 5 if options.quick else 100)
+    asked = spawn(zeus, "asked", preset, seed, items)
+    wait_for_step(zeus, asked, 5 if options.quick else 100)
     zeus.pause(asked)
-    trainers = [_spawn(zeus, f"trainer-{number}", preset, seed + number, items) for number in range(TRAINERS)]
+    trainers = [spawn(zeus, f"trainer-{number}", preset, seed + number, items) for number in range(TRAINERS)]
     for kernel in trainers:
-        _wait(zeus, kernel, 2 if options.quick else 10)
+        wait_for_step(zeus, kernel, 2 if options.quick else 10)
     speed = _throughput(zeus, trainers, 5.0 if options.quick else 60.0)
     latency: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in _questions(messages)}
     rounds, count = (2, 8) if options.quick else (4, 40)
     for _ in range(rounds):
         for busy in (False, True):
-            _set_training(zeus, trainers, busy)
+            set_training(zeus, trainers, busy)
             for name, request in _questions(messages).items():
                 latency[name][busy].extend(_ask(zeus, asked, request, messages, count))
     return [preset, str(seed), *speed], [[preset, str(seed), name, *_row(*both)] for name, both in latency.items()]
@@ -90,20 +90,22 @@ def _questions(messages: list[tuple[str, str]]) -> dict[str, QueryRequest]:
     }
 
 
-def _messages(options: Options) -> list[tuple[str, str]]:
+def messages_of(options: Options) -> list[tuple[str, str]]:
+    """Messages with their intents, of the most frequent ones."""
     rows = banking77(options, "train")
     intents = {name for name, _ in Counter(label for _, label in rows).most_common(INTENTS)}
     return [row for row in rows if row[1] in intents][: EXPERIENCES // 5 if options.quick else EXPERIENCES]
 
 
 @contextmanager
-def _zeus() -> Iterator[Zeus]:
+def open_zeus(serving_busy: Callable[[], bool] = lambda: False) -> Iterator[Zeus]:
+    """A Zeus on a database of its own; ``serving_busy`` tells training whether an answer is being generated."""
     with tempfile.TemporaryDirectory(prefix="olympus-service-") as folder:
         chosen = {"spawn_default": False, "patience_evaluations": 100_000, "max_concurrent": TRAINERS}
         settings = load_settings(environ={}, overrides={"data_dir": str(Path(folder) / "data"), "kernels": chosen})
         database, stop = Database(settings.database_url), threading.Event()
         Base.metadata.create_all(database.engine)
-        zeus = Zeus(settings, database, History(database), EventHub(), stop)
+        zeus = Zeus(settings, database, History(database), EventHub(), stop, serving_busy=serving_busy)
         zeus.start()
         try:
             yield zeus
@@ -113,17 +115,20 @@ def _zeus() -> Iterator[Zeus]:
             database.close()
 
 
-def _spawn(zeus: Zeus, name: str, preset: Any, seed: int, items: tuple[ExperienceIn, ...]) -> str:
+def spawn(zeus: Zeus, name: str, preset: Any, seed: int, items: tuple[ExperienceIn, ...]) -> str:
+    """A kernel that trains on ``items``; its id."""
     request = SpawnRequest(name=name, domain=name, preset=preset, seed=seed, experiences=items, force=True)
     return str(zeus.spawn(request)["kernel"]["kernel_id"])
 
 
-def _wait(zeus: Zeus, kernel: str, step: int) -> None:
+def wait_for_step(zeus: Zeus, kernel: str, step: int) -> None:
+    """Return when it has taken so many steps."""
     while zeus.status(kernel)["step"] < step:
         time.sleep(0.2)
 
 
-def _set_training(zeus: Zeus, kernels: list[str], training: bool) -> None:
+def set_training(zeus: Zeus, kernels: list[str], training: bool) -> None:
+    """Pause or resume them, and return when that is so."""
     for kernel in kernels:
         if training != zeus.trainer.is_busy(kernel):
             _ = zeus.resume(kernel) if training else zeus.pause(kernel)

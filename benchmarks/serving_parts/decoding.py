@@ -244,7 +244,7 @@ def _account(model: LoadedModel, options: Options) -> str:
     speed = _READ_BYTES / statistics.median(reading)
     limit = size / speed
     return (
-        f"A token reads {size / 1e6:.0f} MB of weights. One thread reads {speed / 1e9:.1f} GB/s here, so no program can "
-        f"decode these bytes in less than {1000 * limit:.1f} ms a token ({1 / limit:.0f} tokens/s). The linears take "
-        f"{1000 * statistics.median(product):.1f} ms (median); the rest of a step is attention, norms and Python."
+        f"A token reads {size / 1e6:.0f} MB of weights. One thread reads {speed / 1e9:.1f} GB/s here, so no program "
+        f"can decode these bytes in less than {1000 * limit:.1f} ms a token ({1 / limit:.0f} tokens/s). The linears "
+        f"take {1000 * statistics.median(product):.1f} ms (median); the rest of a step is attention, norms and Python."
     )

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from olympus.courtesy import Courtesy, within
+from olympus.courtesy import Courtesy, Pace, within
 from olympus.query_gate import QueryGate
 from qig_core.integration import measure_integration
 from qig_core.learning import collate, supervised_loss
@@ -115,6 +115,41 @@ def test_the_measurement_of_phi_gives_way_and_stays_what_it_is() -> None:
     courtesy = _Counting(QueryGate(4), 1.0)
     assert measure_integration(states, after, between=courtesy) == measure_integration(states, after)
     assert courtesy.looks >= 5
+
+
+def test_beside_a_chat_a_thread_keeps_to_its_share(kernel: M8Kernel) -> None:
+    chatting = threading.Event()
+    chatting.set()
+    pace = Pace(chatting.is_set, share=0.1, per_step_seconds=30.0, hurry=threading.Event())
+    courtesy = Courtesy(QueryGate(4), 1.0, pace)
+    with within(courtesy, kernel):
+        begun, worked = time.perf_counter(), time.thread_time()
+        for _ in range(3):
+            _loss(kernel).backward()
+        taken, worked = time.perf_counter() - begun, time.thread_time() - worked
+        assert worked <= 0.2 * taken, "a tenth, and what lies before the first look and after the last one"
+        assert 0.7 * taken <= courtesy.take_waited() <= taken
+        chatting.clear()
+        _loss(kernel).backward()
+        assert courtesy.take_waited() == 0, "nobody chats"
+
+
+def test_chats_cannot_stop_a_step_and_a_stop_ends_every_rest(kernel: M8Kernel) -> None:
+    stop = threading.Event()
+    courtesy = Courtesy(QueryGate(4), 1.0, Pace(lambda: True, share=0.001, per_step_seconds=0.3, hurry=stop))
+    with within(courtesy, kernel):
+        _loss(kernel).backward()
+        assert 0.3 <= courtesy.take_waited() < 5
+        stop.set()
+        courtesy.renew()
+        _loss(kernel).backward()
+        assert courtesy.take_waited() < 0.3
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.0, 1.0), (1.5, 1.0), (0.5, -1.0)])
+def test_a_pace_that_cannot_be_kept_is_refused(share: float, most: float) -> None:
+    with pytest.raises(ValueError, match="share must be above 0"):
+        Pace(lambda: True, share, most, threading.Event())
 
 
 def test_nobody_to_give_way_to(kernel: M8Kernel) -> None:

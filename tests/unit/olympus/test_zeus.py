@@ -273,14 +273,14 @@ def test_metrics_and_events_flow(make_world: MakeWorld) -> None:
 def test_chats_come_first(make_world: MakeWorld) -> None:
     busy = threading.Event()
     busy.set()
-    world = make_world(busy=busy.is_set, serve_pause_ms=1000, patience_evaluations=10_000)
+    world = make_world(busy=busy.is_set, serve_share=0.001, serve_pause_ms=1000, patience_evaluations=10_000)
     kernel = world.tiny(experiences=tuple(facts(40)))
     world.wait_for(kernel, "training", step=1)
     time.sleep(1.5)
     assert world.zeus.status(kernel)["step"] <= 4
     begun = time.monotonic()
     world.zeus.pause(kernel)
-    assert time.monotonic() - begun < 0.9  # the pause between steps does not delay a stop
+    assert time.monotonic() - begun < 0.9  # resting does not delay a stop
 
 
 # -- trouble ----------------------------------------------------------------------------------------------------
