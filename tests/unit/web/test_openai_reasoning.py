@@ -17,6 +17,7 @@ from web.app import create_app
 from web.openai_wire import Wire
 from workspace.engine import Engine
 from workspace.models import adopt_model
+from workspace.sampling import SamplingParams
 
 PATH = "/v1/chat/completions"
 ANSWER = "<|channel|>analysis<|message|>Easy.<|end|><|start|>assistant<|channel|>final<|message|>It is Paris.<|return|>"
@@ -35,6 +36,8 @@ def served(make_runtime: MakeRuntime) -> Runtime:
         adopt_model("tiny-gpt-oss", build_gpt_oss(), harmony_tokenizer()), max_active=2, max_waiting=2, threads=1
     )
     engine.start()
+    # What an engine tries out at its first passes is not scripted.
+    engine.submit([1], SamplingParams(max_tokens=4, ignore_eos=True)).result(60)
     runtime._engine = engine
     return runtime
 

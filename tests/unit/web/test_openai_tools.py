@@ -39,10 +39,11 @@ CALLS = (
 @pytest.fixture(autouse=True)
 def prompts_in_one_pass(runtime: Runtime) -> Iterator[None]:
     """``scripted`` gives a token per pass."""
-    usual = runtime.engine._prefill_chunk
-    runtime.engine._prefill_chunk = 4096
+    stepper = runtime.engine._stepper
+    usual = stepper._prefill_chunk, stepper._store
+    stepper._prefill_chunk, stepper._store = 4096, None
     yield
-    runtime.engine._prefill_chunk = usual
+    stepper._prefill_chunk, stepper._store = usual
 
 
 def saying(runtime: Runtime, text: str) -> Any:
