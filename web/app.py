@@ -89,6 +89,7 @@ def _install(app: Flask, runtime: Runtime) -> None:
     app.extensions["olympus.authenticator"] = authenticator
     app.extensions["olympus.logins"] = LoginLimiter()
     app.jinja_env.globals["static_url"] = assets.url
+    app.jinja_env.globals["module_imports"] = assets.imports
     headers.install(app, metrics, assets)
     auth.install(app, authenticator, HostGuard(runtime.settings.server))
     errors.install(app)

@@ -64,7 +64,7 @@ def test_what_may_be_kept(client: FlaskClient) -> None:
     page = client.get("/")
     assert page.headers["Cache-Control"] == "no-store"
     assert client.get("/olympus/kernels").headers["Cache-Control"] == "no-store"
-    addresses = re.findall(r'(?:src|href)="(/static/[^"]+)"', page.text)
+    addresses = re.findall(r'(?:src|href)="(/static/[^"]+\?v=[^"]+)"', page.text)
     assert len(addresses) >= 5
     for address in addresses:
         response = client.get(address, buffered=True)

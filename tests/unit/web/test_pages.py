@@ -44,6 +44,21 @@ def test_a_page_is_whole(client: FlaskClient, path: str) -> None:
         assert client.get(address, buffered=True).status_code == 200
 
 
+def test_a_page_names_every_module_that_it_will_need(client: FlaskClient) -> None:
+    page = client.get("/kernels").text
+    named = set(re.findall(r'<link rel="modulepreload" href="/static/(js/[^"]+)">', page))
+    assert {"js/compare.js", "js/chart.js", "js/format.js", "js/dom.js", "js/kernel_spawn.js"} <= named
+    for module in ("js/kernels.js", *named):
+        text = client.get(f"/static/{module}", buffered=True).text
+        assert {
+            f"js/{name}"
+            for name in re.findall(r'from "\./([^"]+)"|^import "\./([^"]+)"', text)
+            for name in name
+            if name
+        } <= named
+    assert "modulepreload" not in client.get("/login").text
+
+
 @pytest.mark.parametrize("path", PAGES)
 def test_without_a_key_a_page_asks_for_one(guarded: Flask, key: Key, path: str) -> None:
     answer = guarded.test_client().get(path, headers={"Accept": "text/html"})
