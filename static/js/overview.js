@@ -132,7 +132,8 @@ function renderRelations() {
 async function readKernels() {
   kernels = (await api.get("/olympus/kernels")).kernels;
   renderKernelViews();
-  await Promise.all([readTrails(), readRelations()]);
+  relationsSoon();
+  await readTrails();
 }
 
 // -- what happened -----------------------------------------------------------------------------------------------
@@ -180,6 +181,7 @@ async function refresh() {
   }
 }
 
+const relationsSoon = throttle(() => readRelations().catch((error) => console.debug("relations:", error.message)), 10_000); // they change slowly
 const renderSoon = throttle(renderKernelViews, 250);
 const refreshSoon = throttle(refresh, 2000);
 const trailsSoon = throttle(() => readTrails().catch((error) => console.debug("trails:", error.message)), 4000);
