@@ -122,6 +122,7 @@ class Generation:
         self.cache: Cache | None = None
         self.chain: Chain | None = None  #: its way through the store of prompts read before
         self.cached_tokens = 0  #: tokens of the prompt that came from there
+        self.turn = 0  #: the round in which it came, or from which on it waits for the next chunk of its prompt
         self.position = 0  #: tokens of the text in the cache, without the prefix's slots
         self.token_ids: list[int] = []
         self.sampler = sampler

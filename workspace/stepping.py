@@ -1,4 +1,4 @@
-"""One round of the engine: the next token of every generation that is decoding, and a chunk of one prompt.
+"""One round of the engine: the next token of every generation that is decoding, and a chunk of prompts.
 
 Generations that are decoding share one forward pass (``Forward.together``): each has its own cache, sampler, random
 generator, grammar, prefix and workspace, and its row attends to its own cache only, by the same kernel whether it is
@@ -10,6 +10,9 @@ bit.
 A generation is stepped alone where its pass cannot be shared: the first pass after its prompt, a context that carries
 other things than a ``Context``, layers of unusual kinds, compiled steps. An error ends the generation that it comes
 from; when a shared pass fails, its rows are computed alone, which shows whose fault it is.
+
+The prompt whose turn is the longest ago gets a chunk; what a chunk leaves goes to others that fit into it whole. So a
+short prompt waits for one chunk of each longer one and not for their ends, and nobody waits for ever.
 
 A prompt is read from where the store of earlier prompts (``prefix_cache.py``) ends. One pass ends at the prompt's last
 whole block, so that the same prompt takes the same last pass when its beginning comes from the store: the same bits.
@@ -73,19 +76,35 @@ class Stepper:
         self._exact = batching == "exact"
         self._shares: bool | None = False if self._exact else None  # None: not tried yet
         self._store = store
+        self._rounds = 0
         self.passes = 0  #: over tokens of answers
         self.rows = 0  #: tokens of answers that they took
 
     def round(self, active: Sequence[Generation], stopping: Callable[[], bool]) -> None:
-        """End what was cancelled, give a token to all that are decoding, then a chunk to the first that is not."""
-        prefilling = next((item for item in active if not item.prefilled), None)
+        """End what was cancelled, give a token to all that are decoding, then read ``prefill_chunk`` prompt tokens."""
+        self._rounds += 1
         for generation in active:
             if generation.cancelled:
                 generation.finish("cancelled")
-        self._decode([item for item in active if item.prefilled and item.finished is None], stopping)
-        if prefilling is not None and prefilling.finished is None and not stopping():
-            step = self._prepared(prefilling)
-            if step is not None:
+        running = [item for item in active if item.finished is None]
+        reading = [item for item in running if not item.prefilled]
+        self._decode([item for item in running if item.prefilled], stopping)
+        self._read(reading, stopping)
+
+    def _read(self, generations: Sequence[Generation], stopping: Callable[[], bool]) -> None:
+        for generation in generations:
+            generation.turn = generation.turn or self._rounds
+        left = self._prefill_chunk
+        for place, generation in enumerate(sorted(generations, key=lambda item: item.turn)):
+            if place > 0 and len(generation.prompt_ids) - generation.position > left:
+                continue
+            # Mostly one pass; two where one has to end at a block.
+            while not generation.prefilled and len(self._chunk(generation)) <= left and not stopping():
+                step = self._prepared(generation)
+                if step is None:
+                    break
+                left -= len(step.token_ids)
+                generation.turn = self._rounds + 1
                 self._take(step)
 
     def _decode(self, generations: Sequence[Generation], stopping: Callable[[], bool]) -> None:
@@ -129,10 +148,10 @@ class Stepper:
     def _prepared(self, generation: Generation) -> _Step | None:
         """The next pass of ``generation``, its cache made where it has none; None when that failed and ended it."""
         try:
+            if generation.finished is not None:  # a pass failed, or the engine was stopped from another thread
+                return None
             if generation.cache is None:
                 self._begin(generation)
-            if generation.finished is not None:  # the engine was stopped from another thread meanwhile
-                return None
             context = generation.context
             fed = generation.token_ids[-1:] if generation.prefilled else self._chunk(generation)
             start = generation.slots + generation.position  # a prefix owns the positions before

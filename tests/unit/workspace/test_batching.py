@@ -247,6 +247,23 @@ def test_a_row_whose_sampler_fails_ends_alone(tiny: LoadedModel, make_engine: Ma
     assert good.result(20).token_ids == wanted
 
 
+def test_a_prompt_whose_first_pass_fails_ends_alone(tiny: LoadedModel, make_engine: MakeEngine) -> None:
+    class Broken(PassiveContext):
+        def fed(self, start: int, count: int) -> None:
+            raise ValueError("not that prompt")
+
+    engine = make_engine(tiny)
+    good, bad = at_once(
+        engine,
+        lambda: [
+            engine.submit(prompt_of(5), greedy(4)),
+            engine.submit(prompt_of(400), greedy(4), request_context=Broken()),
+        ],
+    )
+    assert bad.result(20).error == "ValueError: not that prompt"
+    assert good.result(20).reason == "length"
+
+
 def test_a_row_whose_context_does_not_fit_fails_alone(make_engine: MakeEngine, tiny: LoadedModel) -> None:
     """The shared pass fails, its rows are computed alone, and passes are shared again."""
 
@@ -304,7 +321,29 @@ def test_a_long_prompt_costs_streams_one_chunk_a_round(
     for generation in generations:
         generation.result(20)
     first = passes.index("16 of a prompt")
+    assert passes[1:first] == ["3 of a prompt", "4 of a prompt", "5 of a prompt", "3 streams"]  # 12 fit into a chunk
     assert passes[first : first + 20] == ["16 of a prompt", "3 streams"] * 9 + ["16 of a prompt", "4 streams"]
+
+
+def test_a_short_prompt_does_not_wait_for_the_end_of_long_ones(tiny: LoadedModel, make_engine: MakeEngine) -> None:
+    """Prompts take turns: two of ten chunks, then one of two, which is read after its second turn."""
+    order: list[int] = []
+
+    class Noted(PassiveContext):
+        def begin(self, cache: Any, prompt_ids: Any) -> None:
+            self.length = len(prompt_ids)
+
+        def forward_kwargs(self, start: int, count: int) -> Mapping[str, Any]:
+            if count > 1:
+                order.append(self.length)
+            return {}
+
+    engine = make_engine(tiny, prefill_chunk=16)
+    generations = at_once(
+        engine, lambda: [engine.submit(prompt_of(n), greedy(2), request_context=Noted()) for n in (160, 159, 32)]
+    )
+    assert all(generation.result(20).reason == "length" for generation in generations)
+    assert order == [160, 159, 32] * 2 + [160, 159] * 8
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
