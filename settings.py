@@ -117,7 +117,7 @@ class ModelSettings(_Section):
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where it is fast.")
     weights: Literal["auto", "exact", "int8", "int4"] = Field(
-        "auto", description="How a CPU decodes: quantised (auto: where that loses nothing), or exact."
+        "auto", description="How a CPU decodes: int8, int4, exact, or auto: 4 bits for models that have no more."
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0, or split: over all GPUs.")
     threads: int = Field(0, ge=0, description="Intra-op threads for decoding; 0 leaves one core for the rest.")

@@ -30,7 +30,7 @@ from workspace.errors import UnsupportedModel
 
 logger = logging.getLogger(__name__)
 
-#: auto: per matrix 4 bits, else 8, where that stays within ``_LOSSLESS`` of it; exact: none; int8, int4: all.
+#: auto: as many bits as lose nothing, for a model whose weights have 4 bits already; exact: none; int8, int4: all.
 WeightsName = Literal["auto", "exact", "int8", "int4"]
 Bits = Literal[4, 8]
 
@@ -108,8 +108,9 @@ class Quantised:
 def quantise(name: str, model: Any, weights: WeightsName) -> Quantised:
     """Replace linears of ``model`` by quantised ones, in place, as ``weights`` says; see the module docstring.
 
-    ``auto`` does what changes no answer beyond rounding, and nothing elsewhere than for bfloat16 on a CPU. Raises
-    ``UnsupportedModel`` where ``int8`` or ``int4`` was asked for and cannot be.
+    ``auto`` packs models of bfloat16 on a CPU of which at least half the linears have 4-bit weights already (those of a
+    Q4 file); the others of such a model (its head) take 8 bits. Raises ``UnsupportedModel`` where ``int8`` or ``int4``
+    was asked for and cannot be.
     """
     found = [(path, module) for path, module in model.named_modules() if type(module) is nn.Linear]
     usable = [(path, module) for path, module in found if _usable(module)]
@@ -120,14 +121,17 @@ def quantise(name: str, model: Any, weights: WeightsName) -> Quantised:
             f"{name}: model.weights {weights} needs bfloat16 linears on a CPU, whose sizes divide by {GROUP}, and this "
             f"model ({model.dtype} on {model.device}) has none; set model.dtype to bfloat16, or model.weights to exact"
         )
+    chosen = [(path, module, _bits(module, weights)) for path, module in usable]
+    if weights == "auto" and 2 * sum(bits == 4 for _, _, bits in chosen) < len(found):
+        return Quantised(0, 0, len(found), 0)
     done: Counter[int] = Counter()
     size = 0
-    for path, module in usable:
-        made = _choose(module, weights)
-        if made is not None:
-            model.set_submodule(path, made)
-            done[made.bits] += 1
-            size += made.packed.nbytes + made.scales.nbytes
+    for path, module, bits in chosen:
+        if bits is not None:
+            packed, scales = pack(module.weight, bits)
+            model.set_submodule(path, QuantisedLinear(module, packed, scales, bits))
+            done[bits] += 1
+            size += packed.nbytes + scales.nbytes
     return Quantised(done[4], done[8], len(found) - done.total(), size)
 
 
@@ -148,13 +152,13 @@ def _packed_bytes(weight: Tensor) -> int:
     return weight.numel() // 2 + 4 * weight.numel() // GROUP
 
 
-def _choose(linear: nn.Linear, weights: WeightsName) -> QuantisedLinear | None:
-    """The packed twin in the fewest bits that ``weights`` allows, or None."""
-    most: dict[WeightsName, tuple[Bits, ...]] = {"auto": (4, 8), "int4": (4,), "int8": (8,), "exact": ()}
-    for bits in most[weights]:
-        if weights != "auto" or relative_error(linear.weight[:_SAMPLE], bits) <= _LOSSLESS:
-            return QuantisedLinear(linear, *pack(linear.weight, bits), bits)
-    return None
+def _bits(linear: nn.Linear, weights: WeightsName) -> Bits | None:
+    """What was asked for; for ``auto`` the fewest that lose next to nothing."""
+    asked: dict[WeightsName, Bits] = {"int4": 4, "int8": 8}
+    if weights != "auto":
+        return asked.get(weights)
+    possible: tuple[Bits, ...] = (4, 8)
+    return next((bits for bits in possible if relative_error(linear.weight[:_SAMPLE], bits) <= _LOSSLESS), None)
 
 
 def pack(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.support.architectures import hooked_model, segment, segments
 from tests.support.tiny_model import save_tiny_model
 from workspace import quantised
+from workspace.context import Context
 from workspace.errors import UnsupportedModel
 from workspace.forward import Forward
 from workspace.models import LoadedModel, load_model
@@ -85,24 +87,31 @@ def test_many_rows_and_gradients_use_the_weights_as_they_are() -> None:
         assert torch.equal(packed(learnt), packed(few)), "what could learn, but does not now, is decoding as well"
 
 
-def test_auto_takes_four_bits_where_they_are_enough_and_eight_elsewhere(folder: Path) -> None:
-    loaded = load(folder, "exact")
-    layer = loaded.model.model.layers[0].self_attn
-    layer.q_proj.weight.data = on_grid(*layer.q_proj.weight.shape)
+def test_auto_takes_four_bits_where_a_model_has_them_already_and_eight_for_the_rest(folder: Path) -> None:
+    loaded = load(folder, "auto")
+    layers = loaded.model.model.layers
+    assert not any(isinstance(module, QuantisedLinear) for module in loaded.model.modules()), "weights of all bits"
+    for layer in layers:
+        for module in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj):
+            module.weight.data = on_grid(*module.weight.shape)
     done = quantise("tiny", loaded.model, "auto")
-    assert layer.q_proj.bits == 4
-    assert layer.k_proj.bits == 8
-    assert (done.four, done.eight, done.plain) == (1, 12, 2)  # down_proj has 48 inputs, which are no whole groups
-    assert "1 linears decode with 4-bit weights, 12 with 8-bit" in str(done)
+    assert layers[0].self_attn.q_proj.bits == 4
+    assert layers[0].self_attn.k_proj.bits == 8
+    assert (done.four, done.eight, done.plain) == (8, 5, 2)  # down_proj has 48 inputs, which are no whole groups
+    assert "8 linears decode with 4-bit weights, 5 with 8-bit" in str(done)
 
 
 def test_auto_leaves_alone_what_memory_has_no_room_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantised, "_SHARE_OF_FREE", 0.0)
-    loaded = load(folder, "auto")
+    loaded = load(folder, "exact")
+    for module in loaded.model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = on_grid(module.out_features, module.in_features + 16)[:, : module.in_features]
+    assert quantise("tiny", loaded.model, "auto").plain == 15
     assert not any(isinstance(module, QuantisedLinear) for module in loaded.model.modules())
 
 
-@pytest.mark.parametrize("weights", ["auto", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_parameters_and_fingerprint_stay_and_tied_weights_stay_tied(folder: Path, weights: str) -> None:
     exact, loaded = load(folder, "exact"), load(folder, weights)
     assert isinstance(loaded.model.get_output_embeddings(), QuantisedLinear)
@@ -137,3 +146,26 @@ def test_what_was_asked_for_and_cannot_be_says_what_to_do(folder: Path) -> None:
         load(folder, "int4", dtype="float32")
     loaded = load(folder, "auto", dtype="float32")
     assert not any(isinstance(module, QuantisedLinear) for module in loaded.model.modules())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt_oss"])
+def test_hooks_virtual_tokens_and_their_gradients_work_as_without(architecture: str) -> None:
+    hooked = hooked_model(architecture, dtype=torch.bfloat16)
+    model, ids = hooked.loaded.model, torch.arange(2, 8)[None]
+    with torch.no_grad():
+        exact = model(ids, workspace=Context(segments=segments(hooked))).logits.float()
+    quantise(architecture, model, "int8")
+    assert any(isinstance(module, QuantisedLinear) for module in model.modules())
+    with torch.no_grad():
+        plain = model(ids).logits
+        assert torch.equal(plain, model(ids, workspace=Context()).logits), "off is off"
+        shown = model(ids, workspace=Context(segments=segments(hooked))).logits.float()
+    assert (shown - exact).norm() < 0.2 * exact.norm()
+    assert (shown - exact).norm() < (plain.float() - exact).norm(), "nearer to itself than to having none"
+    layer = hooked.layers[0]
+    learnt = segment(seed=layer)
+    learnt.keys.requires_grad_()
+    model(ids, workspace=Context(segments={layer: learnt})).logits.float().square().sum().backward()
+    assert learnt.keys.grad is not None
+    assert float(learnt.keys.grad.norm()) > 0
+    assert all(parameter.grad is None for parameter in model.parameters())
