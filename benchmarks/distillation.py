@@ -1,12 +1,14 @@
 """What a cartridge is worth beside everything that people use instead, on the same questions, in one run.
 
-    python benchmarks/distillation.py [--parts parity,feedback,latency,stream] [--seeds 1,2,3] [--quick] [--write]
+    python benchmarks/distillation.py [--parts parity,feedback,latency,stream,recall] [--seeds 1,2,3] [--quick]
+                                       [--write]
 
 ``parity``: labels that say what they mean, pure distillation from the long prompt; may the cartridge replace it?
 ``feedback``: arbitrary codes, corrected answers as targets; does it learn what the long prompt cannot show a model of
 this size? ``latency``: time to the first token and per token of a long prompt, of the same prompt with its keys and
 values cached, and of a cartridge. ``stream``: a life in three phases that is distilled while it goes on, on one seed.
-Real messages (banking77) and SmolLM2-135M-Instruct; a part whose data is absent is skipped with the reason. ``--write``
+``recall``: how many arbitrary pairs a cartridge holds, on a small gpt-oss that recalls them from its prompt. Else real
+messages (banking77) and SmolLM2-135M-Instruct; a part whose data is absent is skipped with the reason. ``--write``
 puts each part into benchmarks/results/distillation/<part>.md.
 """
 
@@ -29,7 +31,7 @@ import torch  # noqa: E402
 from benchmarks.command import run_parts  # noqa: E402
 from benchmarks.kernel_parts.common import Options  # noqa: E402
 
-PARTS = ("parity", "feedback", "latency", "stream")
+PARTS = ("parity", "feedback", "latency", "stream", "recall")
 
 
 def main() -> int:

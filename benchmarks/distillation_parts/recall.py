@@ -3,12 +3,13 @@
 The model is a small gpt-oss that was trained for this and nothing else (``recall_model.py``; its weights are in
 benchmarks/models/recall): a history is N turns in which a name is answered by a value, four tokens a pair, and a
 question is a name. A cartridge of p slots learns the long prompt's own answers to the N questions (KL on its 20
-likeliest tokens, the product's trainer). What is asked of all arms is the same N names, alone, and after another
-question with its answer, which no cartridge met in training.
+likeliest tokens, the product's trainer). What is asked of all arms is the same N names: alone, as in training, and
+after another question with its answer, which only one arm (``mixed``) met in training.
 
 Arms: no memory; the whole history in the prompt; as much of its beginning or end as has p tokens; the first p tokens
-as a cartridge, untrained; the same, trained; noise of the size of real keys, trained. At the largest history also four
-frozen slots in place of one, and a quarter of the steps.
+as a cartridge, untrained, and trained. At about a quarter of a slot per pair, where it is hardest, also: from noise of
+the size of real keys in place of text; with four frozen slots in place of one; and with half of the rows asked after
+another question.
 
 Where the model recalls less than 95 % of a history from its prompt, nothing is said about cartridges.
 """
@@ -28,7 +29,7 @@ from typing import Literal
 import torch
 
 from benchmarks.distillation_parts import recall_report
-from benchmarks.distillation_parts.recall_report import NOISE, TRAINED, UNTRAINED, WHOLE, Found
+from benchmarks.distillation_parts.recall_report import TRAINED, UNTRAINED, WHOLE, Found
 from benchmarks.distillation_parts.recall_world import TOKENS_PER_PAIR, VALUES, history
 from benchmarks.kernel_parts.common import ROOT, MissingData, Options
 from lm.engine_client import EngineClient
@@ -45,11 +46,11 @@ from workspace.prefix import KVPrefix
 
 MODEL = ROOT / "benchmarks" / "models" / "recall"
 NEEDED = 0.95  #: of a history must be recalled from the prompt
-PAIRS = (16, 32, 64)
-SLOTS = (16, 32, 64)
-HISTORIES = 2  #: of each size and seed
-STEPS = 300
-LEARNING_RATE = 2e-2
+PAIRS = (32, 64, 128)
+SLOTS = (16, 32, 64, 128)  #: those up to the number of pairs
+HISTORIES = 1  #: of each size and seed
+STEPS = 150
+LEARNING_RATE = 1e-1  #: of 2e-2, 5e-2 and 1e-1 the lowest KL on seed 7, 32 pairs in 16 slots
 Message = dict[str, str]
 
 
@@ -59,11 +60,14 @@ class Variant:
 
     init: Literal["text", "random"] = "text"
     frozen: int = 1
-    steps: int = STEPS
+    mixed: bool = False  #: half of the rows are asked after another question
 
 
-#: Beside the plain variant; the last two at the largest history alone.
-RANDOM, FROZEN, SHORT = Variant(init="random"), Variant(frozen=4), Variant(steps=STEPS // 4)
+VARIANTS = {
+    "cartridge, random init": Variant(init="random"),
+    "cartridge, 4 frozen": Variant(frozen=4),
+    "cartridge, mixed": Variant(mixed=True),
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class Setting:
     pairs: list[tuple[str, str]]
     alone: list[Question]
     after_another: list[Question]
+    rows: list[Row]  #: the long prompt's answers to the names alone
+    mixed_rows: list[Row]  #: the same; every second name after another question than ``after_another`` has
 
     @property
     def turns(self) -> list[Message]:
@@ -91,7 +97,7 @@ def circumstances(options: Options, seconds: float) -> str:
     """The line about model and machine."""
     quick = "; QUICK, not a result" if options.quick else ""
     return (
-        f"The recall model (gpt-oss architecture, 1.1 M parameters) in float32, torch {torch.__version__}, "
+        f"The recall model (gpt-oss architecture, 0.34 M parameters) in float32, torch {torch.__version__}, "
         f"{os.cpu_count()} cores ({platform.machine()}), 1 thread; seeds {', '.join(map(str, options.seeds))}; "
         f"{seconds:.0f} s{quick}"
     )
@@ -155,33 +161,32 @@ class Bench:
 
     def _setting(self, pairs: list[tuple[str, str]]) -> Setting:
         memory = _turns(pairs)
-        alone, later = [], []
+        alone, later, rows, mixed = [], [], [], []
         for place, (key, value) in enumerate(pairs):
             ask: list[Message] = [{"role": "user", "content": key}]
-            row = self._taught(memory, ask)
-            alone.append(Question(key, tuple(ask), tuple(memory + ask), value, row=row))
             other = _turns([pairs[(place + len(pairs) // 2) % len(pairs)]])
+            before = _turns([pairs[(place + 1) % len(pairs)]])
+            rows.append(self._taught(memory, ask))
+            mixed.append(self._taught(memory, before + ask) if place % 2 else rows[-1])
+            alone.append(Question(key, tuple(ask), tuple(memory + ask), value, row=rows[-1]))
             later.append(Question(key, tuple(other + ask), tuple(memory + other + ask), value))
-        return Setting(pairs, alone, later)
+        return Setting(pairs, alone, later, rows, mixed)
 
-    def _taught(self, memory: list[Message], ask: list[Message]) -> Row:
-        """The long prompt's answer, with its distribution; the student sees the question alone."""
-        reply, trace = self._teacher.call_with_trace(memory + ask, top_logprobs=20, max_tokens=4)
+    def _taught(self, memory: list[Message], asked: list[Message]) -> Row:
+        """The long prompt's answer, with its distribution; the student sees what is asked alone."""
+        reply, trace = self._teacher.call_with_trace(memory + asked, top_logprobs=20, max_tokens=4)
         top = flatten_topk(trace.topk_token_ids, trace.topk_logprobs)
-        student = tuple(RowMessage(message["role"], message["content"]) for message in ask)
-        return Row(
-            (*student, RowMessage("assistant", reply.text, trace.token_ids, top)), metadata={"target": "teacher"}
-        )
+        student = tuple(RowMessage(message["role"], message["content"]) for message in asked)
+        answer = RowMessage("assistant", reply.text, trace.token_ids, top)
+        return Row((*student, answer), metadata={"target": "teacher"})
 
     def _cartridges(self, setting: Setting, slots: int, seed: int) -> None:
         fits = slots // TOKENS_PER_PAIR
         for name, shown in (("first", setting.pairs[:fits]), ("last", setting.pairs[-fits:])):
             prompts = [_turns(shown) + list(question.student) for question in setting.alone]
             self._ask(setting, f"{name} {slots} tokens", prompts=prompts, budget=slots)
-        variants = [(TRAINED, Variant()), (NOISE, RANDOM)]
-        if len(setting.pairs) == PAIRS[-1] and slots == SLOTS[1]:
-            variants += [("cartridge, 4 frozen", FROZEN), (f"cartridge, {SHORT.steps} steps", SHORT)]
-        for name, variant in variants:
+        hardest = slots == max(SLOTS[0], len(setting.pairs) // 4)
+        for name, variant in {TRAINED: Variant(), **(VARIANTS if hardest else {})}.items():
             init = initial_prefix(
                 self._loaded,
                 CacheInit(type=variant.init),
@@ -194,16 +199,17 @@ class Bench:
                 self._ask(setting, UNTRAINED, prefix=init)
             begun = time.process_time()
             trained = self._trained(setting, init, variant, seed)
-            self._ask(setting, name, prefix=trained).seconds.append(time.process_time() - begun)
+            seconds = time.process_time() - begun
+            self._ask(setting, name, prefix=trained).seconds.append(seconds)
 
     def _trained(self, setting: Setting, init: KVPrefix, variant: Variant, seed: int) -> KVPrefix:
-        rows = [question.row for question in setting.alone if question.row is not None]
+        rows = setting.mixed_rows if variant.mixed else setting.rows
         config = TrainingConfig(
             slots=init.slots,
             frozen=variant.frozen,
             learning_rate=LEARNING_RATE,
             warmup_steps=2 if self._options.quick else 10,
-            max_steps=8 if self._options.quick else variant.steps,
+            max_steps=8 if self._options.quick else STEPS,
             rows=min(64, len(rows)),
             seed=seed,
             max_tokens=64,

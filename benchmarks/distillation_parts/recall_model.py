@@ -1,19 +1,20 @@
 """Trains the recall benchmark's model from nothing: a small gpt-oss which reads off its context who has which value.
 
-    python benchmarks/distillation_parts/recall_model.py --out FOLDER [--seed 1] [--finish 400]
+    python benchmarks/distillation_parts/recall_model.py --out FOLDER [--seed 1] [--finish 300]
 
-Everything of gpt-oss is there (sliding and full attention in turns, sinks, top-2 of 4 experts), in 1.1 M parameters;
+Everything of gpt-oss is there (sliding and full attention in turns, sinks, top-2 of 4 experts), in 0.34 M parameters;
 only the window is 4 tokens instead of 128. FOLDER gets weights in bfloat16, tokenizer, configuration and training.log,
-anew after every stage.
-benchmarks/models/recall holds what seed 1 made. One thread; the same seed gives the same losses.
+anew after every stage; benchmarks/models/recall holds what seed 1 made. One thread; the same seed gives the same
+losses.
 
 Models like this one sit on a plateau for millions of tokens, where they answer *some* value of the history (loss
 ln N), until two layers find each other: one that notes at each value whose it is, one that looks for the note. What
 makes that easy here: every value is asked again in the same sequence, so each gives N targets; the loss is on values
-that are determined and on nothing else; few pairs first, twice as many whenever recall passes 97 %; a window that
-holds little beside the name; queries that begin as copies of keys in the full layers, so that equal things attend to
-each other (mimetic initialisation, Trockman and Kolter 2023, arXiv 2305.09828); embeddings of length one per channel;
-Muon for the matrices (Jordan et al. 2024), AdamW for everything else.
+that are determined, and on nothing else before these are found (later on their end as well); few pairs first, twice as
+many whenever recall passes 97 %; a window that holds little beside the name; queries that begin as copies of keys in
+the full layers, so that equal things attend to each other (mimetic initialisation, Trockman and Kolter 2023, arXiv
+2305.09828); embeddings of length one per channel; Muon for the matrices (Jordan et al. 2024), AdamW for the rest.
+docs/cartridge-training.md says what was tried.
 
 Shapes: B sequences, N pairs, T tokens.
 """
@@ -42,6 +43,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from transformers import GenerationConfig, GptOssConfig, GptOssForCausalLM  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from benchmarks.distillation_parts.recall_world import (  # noqa: E402
     END,
@@ -61,11 +63,11 @@ class Recipe:
     """What the committed weights were made with."""
 
     seed: int = 1
-    tokens: int = 8192  #: of a batch
-    stages: tuple[int, ...] = (8, 16, 32, 64)  #: pairs
+    tokens: int = 4096  #: of a batch
+    stages: tuple[int, ...] = (8, 16, 32, 64, 128)  #: pairs
     bound: float = 0.97  #: recall at which a stage ends
     most: int = 2000  #: steps of a stage
-    finish: int = 400  #: steps of 8 to 64 pairs at the end, while the learning rates fall to zero
+    finish: int = 300  #: steps of 8 to 128 pairs at the end, while the learning rates fall to zero
     muon: float = 0.02  #: learning rate of matrices
     adam: float = 3e-3  #: of embeddings, head, norms, sinks, router and experts
     warmup: int = 50
@@ -77,8 +79,8 @@ def make_model(seed: int) -> GptOssForCausalLM:
     torch.manual_seed(seed)
     config = GptOssConfig(
         vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=128,
+        hidden_size=64,
+        intermediate_size=64,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -159,7 +161,7 @@ class _Training:
             for group in optimizer.param_groups:
                 group["lr"] = rate * share * min(1.0, (self._step + 1) / recipe.warmup)
             optimizer.zero_grad(set_to_none=True)
-        loss, recall = _loss(self._model, made.ids, made.asked)
+        loss, recall = _loss(self._model, made.ids, made.asked, ends=pairs > recipe.stages[0])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), recipe.clip)
         for optimizer, _ in self._optimizers:
@@ -174,11 +176,18 @@ class _Training:
         return recall
 
 
-def _loss(model: GptOssForCausalLM, ids: Tensor, asked: Tensor) -> tuple[Tensor, float]:
-    """Mean negative log-likelihood of the values that are determined, and the share of right ones."""
-    logits = model.lm_head(model.model(ids).last_hidden_state[:, asked]).flatten(0, 1)
+def _loss(model: GptOssForCausalLM, ids: Tensor, asked: Tensor, *, ends: bool) -> tuple[Tensor, float]:
+    """Mean negative log-likelihood of the values that are determined, and the share of right ones.
+
+    With ``ends`` also that of the token behind each value.
+    """
+    hidden = model.model(ids).last_hidden_state
+    logits = model.lm_head(hidden[:, asked]).flatten(0, 1)
     wanted = ids[:, asked + 1].flatten()
-    return F.cross_entropy(logits, wanted), float((logits.argmax(-1) == wanted).float().mean())
+    loss = F.cross_entropy(logits, wanted)
+    if ends:
+        loss = loss + F.cross_entropy(model.lm_head(hidden[:, asked + 1]).flatten(0, 1), ids[:, asked + 2].flatten())
+    return loss, float((logits.argmax(-1) == wanted).float().mean())
 
 
 def _first_values(name: str, parameter: Tensor) -> None:
@@ -218,6 +227,7 @@ def main() -> int:
     parser.add_argument("--finish", type=int, default=Recipe.finish, help="steps at falling learning rates")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
     lines: list[str] = []
 
     def tell(line: str) -> None:

@@ -13,7 +13,7 @@ from memory.distillation.evaluation import ArmResult
 from memory.distillation.statistics import mean_interval, paired_difference
 
 Values = NDArray[np.float64]
-WHOLE, TRAINED, UNTRAINED, NOISE = "whole history", "cartridge", "cartridge, untrained", "cartridge, random init"
+WHOLE, TRAINED, UNTRAINED = "whole history", "cartridge", "cartridge, untrained"
 
 
 @dataclass
