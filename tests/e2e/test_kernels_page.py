@@ -5,6 +5,7 @@ Two tiny kernels on the server that all browser tests share; they learn in milli
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ def kernels(server: Dashboard) -> list[str]:
         made.append(server.post("/olympus/kernels/spawn", body)["kernel"]["kernel_id"])
     for kernel in made:
         path = f"/olympus/kernels/{kernel}"
-        for step in (20, 150):
+        for step in (20, 80):
             server.wait_until(lambda path=path, step=step: _step(server, path) >= step, 90, f"step {step} of {path}")
             server.post(f"{path}/checkpoint", {})
         server.json("POST", f"{path}/pause", headers={"Origin": server.url})
@@ -147,18 +148,22 @@ def test_checkpoints_and_what_changed(watched: Watched, kernels: list[str]) -> N
 
 def test_every_action(watched: Watched, kernels: list[str]) -> None:
     page = watched.open(f"/kernels/{kernels[1]}")
-    row = page.locator("#cp-table tbody tr").last
-    row.get_by_role("button", name="Unpin").click()
-    row.get_by_role("button", name="Pin", exact=False).first.wait_for()
-    row.get_by_role("button", name="Restore").click()
+    table = page.locator("#cp-table")
+    unpin = table.get_by_role("button", name=re.compile("^Unpin"))
+    unpin.last.wait_for()
+    pinned = unpin.count()
+    unpin.last.click()  # the oldest: no rule keeps it any more
+    watched.until(f"document.querySelectorAll('#cp-table [aria-label^=Unpin]').length === {pinned - 1}")
+    rows = table.locator("tbody tr").count()
+    delete = table.get_by_role("button", name=re.compile("^Delete")).last
+    delete.click()
+    page.locator("dialog[open]").get_by_role("button", name="Cancel").click()
+    delete.click()
+    page.locator("dialog[open]").get_by_role("button", name="Delete").click()
+    watched.until(f"document.querySelectorAll('#cp-table tbody tr').length === {rows - 1}")
+    table.get_by_role("button", name=re.compile("^Restore")).last.click()
     page.locator("dialog[open]").get_by_role("button", name="Restore").click()
     page.get_by_text("restore done").wait_for()
-    row = page.locator("#cp-table tbody tr").last
-    if row.get_by_role("button", name="Delete").count():
-        before = page.locator("#cp-table tbody tr").count()
-        row.get_by_role("button", name="Delete").click()
-        page.locator("dialog[open]").get_by_role("button", name="Delete").click()
-        watched.until(f"document.querySelectorAll('#cp-table tbody tr').length === {before - 1}")
     page.get_by_role("button", name="Resume").click()
     page.get_by_role("button", name="Save a checkpoint").click(timeout=60_000)
     page.get_by_text("Save a checkpoint: accepted.").wait_for(timeout=60_000)
