@@ -7,30 +7,17 @@ import json
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
 
 from tests.support import asynchronous
-from tests.support.server import Server, running
+from tests.support.server import Server
 
 pytestmark = pytest.mark.model
 MODEL = "smollm2-135m-instruct"
 QUESTION: list[dict[str, str]] = [{"role": "user", "content": "What is the capital of France?"}]
-
-
-@pytest.fixture(scope="module")
-def server(smollm2: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running(tmp_path_factory.mktemp("data")) as server:
-        yield server
-
-
-@pytest.fixture
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any-text", max_retries=0, timeout=120) as client:
-        yield client
 
 
 def test_an_answer_names_paris_and_counts_its_tokens(client: openai.OpenAI) -> None:

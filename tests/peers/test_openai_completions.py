@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
-
-from tests.support.server import Server, running
 
 pytestmark = pytest.mark.model
 ASKED: dict[str, Any] = {
@@ -17,18 +14,6 @@ ASKED: dict[str, Any] = {
     "temperature": 0,
     "max_tokens": 8,
 }
-
-
-@pytest.fixture(scope="module")
-def server(smollm2: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running(tmp_path_factory.mktemp("data")) as server:
-        yield server
-
-
-@pytest.fixture
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any-text", max_retries=0, timeout=120) as client:
-        yield client
 
 
 def test_a_text_from_its_words_and_from_its_ids(client: openai.OpenAI, smollm2: Any) -> None:

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import openai
 import pytest
 
-from tests.support.server import Server, running
+from tests.support.server import Server
 
 pytestmark = pytest.mark.model
 TEXTS = ["My card has not arrived yet.", "Where is the card that I ordered?", "The glacier carved a wide valley."]
-
-
-@pytest.fixture(scope="module")
-def server(smollm2: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running(tmp_path_factory.mktemp("data")) as server:
-        yield server
 
 
 @pytest.mark.parametrize(("model", "width"), [("all-minilm-l6-v2", 384), ("smollm2-135m-instruct", 576)])

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import openai
 import pytest
 from pydantic import BaseModel
-
-from tests.support.server import Server, running
 
 pytestmark = pytest.mark.model
 MODEL = "smollm2-135m-instruct"
@@ -22,18 +19,6 @@ class City(BaseModel):
 
     city: Literal["Paris", "Berlin", "Rome"]
     continent: Literal["Europe", "Asia"]
-
-
-@pytest.fixture(scope="module")
-def server(smollm2: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running(tmp_path_factory.mktemp("data")) as server:
-        yield server
-
-
-@pytest.fixture
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any-text", max_retries=0, timeout=120) as client:
-        yield client
 
 
 def test_parse_gives_the_clients_class(client: openai.OpenAI) -> None:

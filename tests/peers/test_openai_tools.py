@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
-
-from tests.support.server import Server, running
 
 pytestmark = pytest.mark.model
 MODEL = "smollm2-135m-instruct"
@@ -28,18 +25,6 @@ WEATHER: dict[str, Any] = {
 }
 TIME: dict[str, Any] = {"type": "function", "function": {"name": "get_time", "description": "The time of day."}}
 QUESTION: list[Any] = [{"role": "user", "content": "What is the weather in Paris, in celsius?"}]
-
-
-@pytest.fixture(scope="module")
-def server(smollm2: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running(tmp_path_factory.mktemp("data")) as server:
-        yield server
-
-
-@pytest.fixture
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any-text", max_retries=0, timeout=120) as client:
-        yield client
 
 
 def test_a_call_its_result_and_the_answer(client: openai.OpenAI) -> None:
