@@ -29,7 +29,8 @@ from memory.history import NewExperience, Record
 class AgentConfig(BaseModel):
     """How an agent speaks and how far it looks back. Kinds ignore what they have no use for.
 
-    ``style``, ``system_prompt`` and ``merge_turns`` must be those that its cartridge was trained with.
+    ``style``, ``system_prompt`` and ``merge_turns`` must be those that its cartridge was trained with. A small model
+    goes on as its prompt began: shown its own mistakes with their corrections, it repeats them (``apply_corrections``).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -37,6 +38,9 @@ class AgentConfig(BaseModel):
     style: Style = Field("turns", description="turns: experiences as chat turns; list: all in one user message.")
     system_prompt: str | None = Field(None, description="System message; None: the kind's own.")
     merge_turns: bool = Field(False, description="Join feedback and next observation, for templates that alternate.")
+    apply_corrections: bool = Field(
+        False, description="Show what would have been right in place of what was said, and no feedback."
+    )
     max_tokens: int = Field(32, ge=1, description="Longest action.")
     max_prompt_tokens: int = Field(
         4096, ge=16, description="Longest prompt, if the model's context holds it; the oldest experiences go first."
@@ -116,6 +120,7 @@ class Speaker:
             count=count,
             max_tokens=room,
             merge_turns=self.config.merge_turns,
+            apply_corrections=self.config.apply_corrections,
         )
         return builder.build(observation, memory)
 

@@ -16,7 +16,7 @@ from agents.base import Act, AgentConfig, LoggingAgent, Speaker
 from agents.experience_log import ExperienceLog
 from agents.kv_memory_agent import SYSTEM_PROMPT
 from lm.types import CartridgeRef, LanguageModel
-from memory.distillation.prompt_builder import student_messages
+from memory.distillation.prompt_builder import as_corrected, student_messages
 from memory.history import NewExperience, Record
 from memory.kv_cache_memory import KVCacheMemory
 
@@ -90,7 +90,8 @@ class HybridKVHistoryAgent(LoggingAgent):
         """The newest ``count`` experiences; one more is read, for one of this episode that does not count."""
         if not count:
             return []
-        return self._remembered(self.log.records(count + 1))[-count:]
+        recent = self._remembered(self.log.records(count + 1))[-count:]
+        return [as_corrected(record) for record in recent] if self.config.apply_corrections else recent
 
     def _write(self, item: NewExperience) -> None:
         super()._write(item)

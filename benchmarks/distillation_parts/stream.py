@@ -46,11 +46,12 @@ class Size:
     questions: int = 5  #: held-out messages of each intent
     every: int = 30  #: episodes between two distillations
     steps: int = 100
+    asked: int = 16  #: questions of the gate at most
     kill_in: int = 3  #: the run in which the server is killed
     swaps: int = 6
 
 
-QUICK = Size(per_phase=6, block=3, questions=1, every=6, steps=4, kill_in=0, swaps=2)
+QUICK = Size(per_phase=4, block=4, questions=1, every=5, steps=4, asked=2, kill_in=0, swaps=2)
 
 
 def run(options: Options) -> str:
@@ -75,7 +76,7 @@ def preset(system_prompt: str, size: Size, seed: int) -> dict[str, Any]:
         "system_prompt": system_prompt,
         "seed": seed,
         "teacher": {"max_prompt_tokens": FIRST_PROMPT},
-        "data": {"targets": "feedback", "eval_share": 0.2, "half_life": 30},
+        "data": {"targets": "feedback", "eval_share": 0.2, "half_life": 30, "apply_corrections": True},
         "cache_init": {"type": "pretrained"},
         "training": {
             "slots": 64,
@@ -88,7 +89,7 @@ def preset(system_prompt: str, size: Size, seed: int) -> dict[str, Any]:
             "early_stop_patience": 0,
             "save_every": 10,
         },
-        "gate": {"metric": "exact", "min_rows": 1, "max_rows": 16, "margin": 0.2},
+        "gate": {"metric": "exact", "min_rows": 1, "max_rows": size.asked, "margin": 0.2},
         "schedule": {
             "enabled": True,
             "cooldown_seconds": 0,

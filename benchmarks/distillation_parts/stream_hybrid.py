@@ -77,6 +77,7 @@ class HybridLife:
             system_prompt=self.environment.system_prompt,
             max_tokens=MAX_TOKENS,
             max_prompt_tokens=FIRST_PROMPT,
+            apply_corrections=True,
             recent=0,
         )
 

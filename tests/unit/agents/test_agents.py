@@ -181,6 +181,18 @@ def test_an_experience_is_written_when_its_feedback_comes() -> None:
         agent.observe(RIGHT)
 
 
+@pytest.mark.parametrize("kind", ["history", "hybrid"])
+def test_corrections_can_be_shown_in_place_of_mistakes(kind: str) -> None:
+    log, lm = FileLog("bank"), Bookkeeper("OPS-RED")
+    config = AgentConfig(system_prompt="", apply_corrections=True)
+    agent = make_agent(kind, lm, log=log, memory=KVCacheMemory([CartridgeRef("bank_v0001")]), config=config)
+    agent.act("Where is my card?")
+    agent.observe(Feedback("Incorrect! The correct answer is FIN-SKY.", 0.0))
+    agent.act("And my money?")
+    assert [item["content"] for item in lm.asked[-1]] == ["Where is my card?", "FIN-SKY", "And my money?"]
+    assert log.records()[0].action == "OPS-RED", "the history keeps what was said"
+
+
 def test_an_answer_that_no_database_keeps_is_written_with_a_mark() -> None:
     log = FileLog("bank")
     agent = HistoryAgent(Bookkeeper("OPS\x00RED"), log)
