@@ -32,6 +32,8 @@ function render() {
   const all = `${integer(kernels.length)} in all`;
   byId("kernel-count").textContent = kernels.length === 0 ? "" : shown.length < kernels.length ? `${integer(shown.length)} of ${integer(kernels.length)}` : all;
   byId("kernel-filter").hidden = kernels.length < 2;
+  byId("compare-jump").hidden = chosen.size === 0;
+  byId("compare-jump").firstElementChild.textContent = chosen.size === 1 ? "See the one you chose" : `See ${chosen.size} side by side`;
   renderKernels(byId("kernel-table"), shown, kernels.length === 0 ? NOTHING : "No kernel fits. Change the filter above.", { chosen, room: chosen.size < MOST, choose });
 }
 

@@ -186,8 +186,17 @@ def test_frame_and_barriers(watched: Watched, kernels: list[str], axe: str) -> N
     watched.check_everywhere(axe)
 
 
-def test_picture(watched: Watched, kernels: list[str]) -> None:
-    page = watched.open(f"/kernels?compare={','.join(kernels)}&show=loss", height=1340)
+def test_pictures(watched: Watched, kernels: list[str]) -> None:
+    page = watched.open(f"/kernels?compare={','.join(kernels)}&show=loss", height=1060)
     page.locator("#compare-chart canvas").wait_for()
     page.wait_for_timeout(1000)
     watched.save("kernels")
+    page.get_by_role("link", name="See 2 side by side").click()
+    page.wait_for_timeout(300)
+    watched.save("kernels-compare")
+    page = watched.open(f"/kernels/{kernels[0]}", scheme="dark", height=1060)
+    page.get_by_role("button", name="Show the difference").click()
+    page.locator(".diff-sentence").wait_for()
+    page.locator("#diff").evaluate("(box) => box.scrollIntoView()")
+    page.wait_for_timeout(300)
+    watched.save("checkpoints-dark")

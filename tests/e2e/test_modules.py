@@ -118,3 +118,43 @@ def test_without_a_stream_the_page_polls(watched):
         pass
     # The browser itself logs the 503; that is the point here.
     watched.complaints[:] = [text for text in watched.complaints if "503" not in text]
+
+
+def test_older_neighbours_are_merged_into_their_mean(watched):
+    merged = _run(
+        watched,
+        "metrics.js",
+        "return m.merged({step: [1, 2, 3, 4, 5], loss: [1, 3, null, 5, 7], phi: [null, null, 1, null, 2]}, 4);",
+    )
+    assert merged == {"step": [2, 4, 5], "loss": [2, 5, 7], "phi": [None, 1, 2]}
+
+
+def test_curves_with_steps_of_their_own_share_an_axis(watched):
+    columns = _run(
+        watched,
+        "compare.js",
+        "return m.aligned([{step: [1, 3], values: [10, 30]}, {step: [2, 3, 9], values: [20, null, 90]}])"
+        ".map((column) => [...column]);",
+    )
+    assert columns == [[1, 2, 3, 9], [10, None, 30, None], [None, 20, None, 90]]
+
+
+def test_only_the_nearest_neighbour_of_a_domain_is_told(watched):
+    told = _run(
+        watched,
+        "sky.js",
+        """
+        const node = (id, domain) => ({kernel_id: id, domain});
+        return m.relationsOf({
+          nodes: [node('a', 'x'), node('b', 'y'), node('c', 'z')],
+          edges: [{parent: 'a', child: 'b', parent_exists: true, inherited: true, basin_distance: 0.5},
+                  {parent: 'gone', child: 'c', parent_exists: false, inherited: false, basin_distance: null}],
+          domain_distances: [{domains: ['x', 'y'], distance: 1}, {domains: ['x', 'z'], distance: 2},
+                             {domains: ['y', 'z'], distance: 3}],
+        });""",
+    )
+    assert [(line["from"], line["to"], line["kind"], line["distance"]) for line in told] == [
+        ("a", "b", "parent", 0.5),
+        ("a", "b", "near", 1),
+        ("a", "c", "near", 2),
+    ]
