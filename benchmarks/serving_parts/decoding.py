@@ -201,12 +201,15 @@ def _losses(model: LoadedModel, windows: torch.Tensor) -> list[float]:
     limits = [module.most_rows for module in packed]
     for module in packed:
         module.most_rows = windows.numel()
+    losses = []
     try:
-        logits = [model.model(row[None], use_cache=False).logits[0, :-1].float() for row in windows]
+        for row in windows:
+            logits = model.model(row[None], use_cache=False).logits[0, :-1].float()
+            losses.append(float(nn.functional.cross_entropy(logits, row[1:])))
     finally:
         for module, limit in zip(packed, limits, strict=True):
             module.most_rows = limit
-    return [float(nn.functional.cross_entropy(one, row[1:])) for one, row in zip(logits, windows, strict=True)]
+    return losses
 
 
 @torch.inference_mode()

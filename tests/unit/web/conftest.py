@@ -33,7 +33,7 @@ def make_runtime(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path)
 
     def make(*, model: bool = False, start: bool = True, **sections: dict[str, Any]) -> Runtime:
         chosen: dict[str, dict[str, Any]] = {
-            "model": {"load": model, "name": str(tiny_model_dir), "threads": 1},
+            "model": {"load": model, "name": str(tiny_model_dir), "threads": 1, "dtype": "float32"},
             "kernels": {"spawn_default": False},
             "server": {},
             "memory": {"episodic": {"embedding": "none"}},  # nothing is fetched
