@@ -28,7 +28,7 @@ from workspace.attention_backends import Base, Call, Placed, attention_mass, eag
 from workspace.context import Backend, Context, Recorder
 from workspace.errors import InvalidWorkspace
 from workspace.rope import LayerRope
-from workspace.row_batch import RowBatch, packed_attention
+from workspace.row_batch import RowBatch, packed, packed_attention
 
 NAMES: dict[Base, str] = {"eager": "workspace", "sdpa": "workspace_fused"}
 _BACKENDS: dict[Backend, Callable[[Call, Placed], tuple[Tensor, Tensor | None]]] = {
@@ -64,19 +64,19 @@ def workspace_attention(
     workspace: Context | RowBatch | None = None,
     workspace_rope: LayerRope | None = None,
     workspace_back: tuple[Tensor, Tensor] | None = None,
-    packed: bool = False,
+    pack: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer: ``query`` [R, Hq, T, D] and the cache's ``key``, ``value`` [R, H, N, D] to [R, T, Hq, D].
 
     Query and keys are rotated. ``workspace_rope`` and ``workspace_back`` come from the hook on a hooked layer. With a
     ``RowBatch`` each row [1, Hq, 1, D] attends to the keys and values of its own cache, whatever ``key`` holds.
-    ``packed``: the stock function is ``packed_attention``.
+    ``pack``: the stock function is ``packed_attention``.
     """
     if isinstance(workspace, RowBatch):
         hooked = {"workspace_rope": workspace_rope, "workspace_back": workspace_back}
         return _attend_rows(module, query, workspace, base=base, **hooked, **kwargs), None
-    stock = stock_eager(module) if base == "eager" else packed_attention if packed else sdpa_attention_forward
+    stock = stock_eager(module) if base == "eager" else packed_attention if pack else sdpa_attention_forward
     if workspace is None:
         return stock(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
     layer: int = module.layer_idx  # type: ignore[assignment]
@@ -97,7 +97,7 @@ def workspace_attention(
         back=workspace_back,
         scaling=kwargs.pop("scaling", None) or query.shape[-1] ** -0.5,
         rest=kwargs,
-        packed=packed,
+        packed=pack,
     )
     ready = None
     if segment is not None:
@@ -122,17 +122,20 @@ def _attend_rows(
     """[R, 1, Hq, D]. All rows take the packed kernel, unless the architecture has sinks or a soft cap."""
     layer: int = module.layer_idx  # type: ignore[assignment]
     acting = dict(batch.on(layer))
-    packed = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
-    kwargs["scaling"] = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    seen = batch.rows.seen(layer)
+    plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
+    scaling = kwargs["scaling"] = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    rows, width = query.shape[0], query.shape[-1]
+    if plain and not acting:
+        grouped = query.reshape(rows, seen[0][0].shape[1], -1, width)  # [R, H, G, D]
+        outputs = [packed(one, *pair, scaling) for one, pair in zip(grouped.split(1), seen, strict=True)]
+        return torch.cat(outputs).reshape(rows, 1, -1, seen[0][1].shape[-1])
     outputs = []
-    for row, (one, (key, value)) in enumerate(zip(query.split(1), batch.rows.seen(layer), strict=True)):
-        if packed and row not in acting:
-            outputs.append(packed_attention(module, one, key, value, None, **kwargs)[0])
-            continue
+    for row, (one, (key, value)) in enumerate(zip(query.split(1), seen, strict=True)):
         own = {**kwargs, "position_ids": kwargs["position_ids"][row : row + 1]}
         if workspace_back is not None:
             own["workspace_back"] = tuple(factor[row : row + 1] for factor in workspace_back)
-        own |= {"base": "sdpa", "packed": True} if packed else {"base": base}
+        own |= {"base": "sdpa", "pack": True} if plain else {"base": base}
         outputs.append(workspace_attention(module, one, key, value, None, workspace=acting.get(row), **own)[0])
     return torch.cat(outputs)
 

@@ -41,13 +41,16 @@ def _acts(context: Context, layer: int) -> bool:
 def packed_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """One token's attention over all that its row sees: ``query`` [1, H * G, 1, D], keys and values [1, H, N, D].
+    """``packed`` in the form of the stock functions: ``query`` [1, H * G, 1, D] to [1, 1, H * G, D]."""
+    seen = packed(query.reshape(1, key.shape[1], -1, query.shape[-1]), key, value, scaling)
+    return seen.reshape(1, 1, -1, value.shape[-1]), None
 
-    Returns [1, 1, H * G, D]. The query heads of a key-value head stand in the place of queries, so that no key is
+
+def packed(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """One token's attention over all that its row sees: ``query`` [1, H, G, D], keys and values [1, H, N, D].
+
+    Returns [1, H, G, D]. The query heads of a key-value head stand in the place of queries, so that no key is
     repeated or read G times. Measured on one thread of a busy EPYC, SmolLM2's heads in bfloat16, microseconds after
     64 | 512 | 2000 tokens: 12 | 49 | 183; by torch's grouped-query option 46 | 382 | 1586; stock eager 46 | 97 | 251.
     """
-    heads = key.shape[1]
-    grouped = query.reshape(1, heads, -1, query.shape[-1])  # [1, H, G, D]
-    seen = F.scaled_dot_product_attention(grouped, key, value, scale=scaling)
-    return seen.reshape(1, 1, -1, value.shape[-1]), None
+    return F.scaled_dot_product_attention(query, key, value, scale=scaling)

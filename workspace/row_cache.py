@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import (
@@ -31,6 +32,8 @@ from transformers.cache_utils import (
 
 #: Tokens of room that a buffer has at least when it is made anew.
 _ROOM = 256
+#: Places of single tokens that are worked out at once.
+_AHEAD = 32
 
 
 class RowLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -48,6 +51,8 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
         self._buffers: tuple[Tensor, Tensor] | None = None  # each [1, H, capacity, D]
         self._assigned = False  # whether they are somebody else's tensors, never written to
         self._start = self._end = self._capacity = 0
+        self._ahead: tuple[tuple[Tensor, Tensor], ...] = ()  # places of single tokens, from ``_ahead_from`` on
+        self._ahead_from = 0
         super().__init__()
 
     # What transformers asks of a layer.
@@ -87,6 +92,7 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
         """Forget everything."""
         self._buffers, self._assigned = None, False
         self._start = self._end = self._capacity = self.cumulative_length = 0
+        self._ahead, self._ahead_from = (), 0
 
     @property
     def keys(self) -> Tensor | None:
@@ -110,15 +116,30 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def write(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put [1, H, T, D] behind the end and return what they see; without ``commit`` it is as if it never was."""
-        end = self._end + key.shape[2]
-        if end > self._capacity:
+        count = key.shape[2]
+        if self._end + count > self._capacity:
             self._make_room(key, value)
-            end = self._end + key.shape[2]
+        assert self._buffers is not None
+        for buffer, added in zip(self._buffers, (key, value), strict=True):
+            buffer.narrow(2, self._end, count).copy_(added)
+        return self._seen(count)
+
+    def place(self, key: Tensor, value: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Where one token [1, H, 1, D] is to be put, two tensors [1, H, D], and what it sees once it is there."""
+        if self._end == self._capacity:
+            self._make_room(key, value)
+        assert self._buffers is not None
+        if self._end >= self._ahead_from + len(self._ahead):  # views of the next places, made in one go
+            count = min(_AHEAD, self._capacity - self._end)
+            keys, values = (buffer.narrow(2, self._end, count).unbind(2) for buffer in self._buffers)
+            self._ahead, self._ahead_from = tuple(zip(keys, values, strict=True)), self._end
+        return self._ahead[self._end - self._ahead_from], self._seen(1)
+
+    def _seen(self, count: int) -> tuple[Tensor, Tensor]:
         assert self._buffers is not None
         keys, values = self._buffers
-        keys[:, :, self._end : end] = key
-        values[:, :, self._end : end] = value
-        return keys[:, :, self._start : end], values[:, :, self._start : end]
+        start, length = self._start, self._end + count - self._start
+        return keys.narrow(2, start, length), values.narrow(2, start, length)  # a slice takes three times as long
 
     def commit(self, count: int) -> None:
         """The last ``count`` written tokens are part of the sequence."""
@@ -161,6 +182,7 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
             made.append(buffer)
         self._buffers, self._assigned = (made[0], made[1]), False
         self._start, self._end, self._capacity = 0, held, capacity
+        self._ahead, self._ahead_from = (), held
 
     def _part(self, which: int) -> Tensor | None:
         if self._buffers is None:
@@ -179,6 +201,7 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
         self._buffers = (tensor, other) if which == 0 else (other, tensor)
         self._assigned = True
         self._start, self._end, self._capacity = 0, tensor.shape[2], tensor.shape[2]
+        self._ahead, self._ahead_from = (), self._end
 
 
 class RowCache(DynamicCache):  # type: ignore[misc]
@@ -221,8 +244,12 @@ class Rows(Cache):  # type: ignore[misc]
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Give each cache its row of [R, H, 1, D]; what rows see is asked for with ``seen``."""
-        rows = zip(self._caches, key_states.split(1), value_states.split(1), strict=True)
-        self._seen[layer_idx] = [cache.layers[layer_idx].write(key, value) for cache, key, value in rows]
+        first = key_states[:1], value_states[:1]
+        places = [cache.layers[layer_idx].place(*first) for cache in self._caches]
+        # All copies in one call: each by itself would take longer to call than to do.
+        sources = zip(key_states.squeeze(2).split(1), value_states.squeeze(2).split(1), strict=True)
+        torch._foreach_copy_([part for to, _ in places for part in to], [part for pair in sources for part in pair])
+        self._seen[layer_idx] = [seen for _, seen in places]
         return key_states, value_states
 
     def seen(self, layer: int) -> list[tuple[Tensor, Tensor]]:
