@@ -194,3 +194,16 @@ class SystemShown(BaseModel):
     engine: dict[str, Any] | None
     workspace: dict[str, Any]
     series: dict[str, tuple[float, ...]]
+
+
+#: What the views answer, by endpoint, for the OpenAPI document.
+ADMIN_ANSWERS: dict[str, type[BaseModel]] = {
+    "keys.keys": KeysShown,
+    "keys.create": KeyMade,
+    "keys.revoke": KeyShown,
+    "administration.audit": AuditPage,
+    "administration.settings": SettingsShown,
+    "administration.scheduler": SchedulerShown,
+    "administration.run_job": JobRun,
+    "system.system": SystemShown,
+}

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, models_json_schema
 from werkzeug.routing import BaseConverter, IntegerConverter, PathConverter, Rule, UnicodeConverter
 
+from web.admin_schemas import ADMIN_ANSWERS
 from web.answer_schemas import ANSWERS, OpenAIError, ProblemDetails
 from web.auth import ANY, OPEN, requires, scope_of
 from web.ops import application_version
@@ -24,6 +25,7 @@ from web.view_reading import Reading, read_view
 
 blueprint = Blueprint("openapi", __name__)
 
+_ANSWERS: dict[str, type[BaseModel]] = {**ANSWERS, **ADMIN_ANSWERS}
 _TEMPLATE = "#/components/schemas/{model}"
 _UNSEEN = ("pages", "static")
 _JSON = "application/json"
@@ -86,7 +88,7 @@ def document(app: Flask) -> dict[str, Any]:
     models |= {
         OpenAIError,
         ProblemDetails,
-        *(ANSWERS[rule.endpoint] for rule, _, _ in routes if rule.endpoint in ANSWERS),
+        *(_ANSWERS[rule.endpoint] for rule, _, _ in routes if rule.endpoint in _ANSWERS),
     }
     ordered = sorted(models, key=lambda model: (model.__module__, model.__qualname__))
     refs, told = models_json_schema(
@@ -224,8 +226,8 @@ def _refusals(named: dict[type[BaseModel], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _content(rule: Rule, reading: Reading, named: dict[type[BaseModel], dict[str, Any]]) -> dict[str, Any]:
-    if rule.endpoint in ANSWERS:
-        shape: dict[str, Any] = named[ANSWERS[rule.endpoint]]
+    if rule.endpoint in _ANSWERS:
+        shape: dict[str, Any] = named[_ANSWERS[rule.endpoint]]
     elif reading.keys is not None:
         listed = {name: {"type": "array"} if is_list else {} for name, is_list in reading.keys.items()}
         shape = {"type": "object", "properties": listed, "required": list(reading.keys)}
