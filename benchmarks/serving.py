@@ -1,10 +1,12 @@
 """How the engine serves: several streams beside one, and a conversation's second turn beside its first.
 
-    python benchmarks/serving.py [--parts batching,turns] [--seeds 1,2,3] [--quick] [--write]
+    python benchmarks/serving.py [--parts batching,turns,decoding,training] [--seeds 1,2,3] [--quick] [--write]
 
 ``batching``: tokens per second of 8 streams against 1, with shared passes and without. ``turns``: time to the first
-token of the second turn of a 2,000-token conversation against its first. SmolLM2-135M-Instruct with one thread, the
-arms alternating in one run. ``--write`` puts each part into benchmarks/results/serving/<part>.md.
+token of the second turn of a 2,000-token conversation against its first. ``decoding``: one stream beside
+transformers' ``generate`` and llama.cpp, exact and quantised, with perplexity. ``training``: time between tokens beside
+three kernels that train. SmolLM2-135M-Instruct with one thread, the arms alternating in one run. ``--write`` puts each
+part into benchmarks/results/serving/<part>.md.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import torch  # noqa: E402
 from benchmarks.command import run_parts  # noqa: E402
 from benchmarks.kernel_parts.common import Options  # noqa: E402
 
-PARTS = ("batching", "turns")
+PARTS = ("batching", "turns", "decoding", "training")
 
 
 def main() -> int:

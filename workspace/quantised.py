@@ -169,8 +169,8 @@ def pack(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
     """
     rows = max(_BLOCK, _AT_ONCE // weight.shape[1] // _BLOCK * _BLOCK)
     packed, scales = list[Tensor](), list[Tensor]()
-    for block in weight.detach().split(rows):
-        codes, scale, zero = to_codes(block, bits)
+    for begin in range(0, len(weight), rows):
+        codes, scale, zero = to_codes(weight[begin : begin + rows], bits)
         if bits == 8:  # (16 h + l - 128) s + z = (h - 8) 16 s + (l - 8) s + (z + 8 s)
             codes = torch.cat((codes >> 4, codes & 15), dim=1)
             zero = torch.cat((torch.zeros_like(zero), zero + 8 * scale), dim=1)
@@ -186,7 +186,7 @@ def to_codes(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor, Tensor]:
     A weight is (code - half) scale + zero, with half = 8 or 128. Scale and zero point are rounded before codes are
     chosen, so that the codes make up for the rounding.
     """
-    groups = weight.detach().float().unflatten(1, (-1, GROUP))  # [N, G, 32]
+    groups = weight.detach().float().reshape(len(weight), -1, GROUP)  # [N, G, 32]
     low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
     top, half = (1 << bits) - 1, 1 << (bits - 1)
     scale = _rounded(((high - low) / top).clamp_min(1e-9))
