@@ -159,11 +159,11 @@ def told(
     paid = sum(run["cpu_seconds"] for run in runs)
     return "\n\n".join(
         [
-            f"Seed {seed}; {size.per_phase} episodes a phase. Reward is 1 for the right code, 0 for any other answer. The "
-            "prompts of all arms show right answers in place of their own mistakes. The full history is read through the "
-            "engine's cache of what prompts begin with. The hybrid acts with its cartridge alone, before there is one "
-            f"with at most {FIRST_PROMPT} tokens of history, and waits while it is distilled; a run trains "
-            f"{size.steps} steps of 8 rows, beginning with the cartridge that serves.",
+            f"Seed {seed}; {size.per_phase} episodes a phase. Reward is 1 for the right code, 0 for any other answer. "
+            "The prompts of all arms show right answers in place of their own mistakes. The full history is read "
+            "through the engine's cache of what prompts begin with. The hybrid acts with its cartridge alone, before "
+            f"there is one with at most {FIRST_PROMPT} tokens of history, and waits while it is distilled; a run "
+            f"trains {size.steps} steps of 8 rows, beginning with the cartridge that serves.",
             report.by_phase(scores, size.per_phase),
             f"Reward in blocks of {size.block} episodes, and in brackets the sum so far.",
             report.by_block(scores, size.block),
