@@ -80,6 +80,13 @@ def test_distil_watch_and_ask(watched: Watched) -> None:
     arms = page.locator(".arms-table tbody tr")
     assert [row.get_attribute("data-arm") for row in arms.all()] == ["cartridge", "long_prompt", "memoryless"]
     assert "16 slots" in arms.first.inner_text()
+    plots = page.locator(".plots .plot")
+    assert [plot.locator("strong").inner_text() for plot in plots.all()][-1] == "Attended tokens"
+    assert all(plot.locator(".plot-reference").count() == 3 for plot in plots.all()), "against the long prompt"
+    assert "The long prompt" in plots.first.get_attribute("aria-label")
+    compared = page.locator(".gate-plot")
+    assert compared.count() == 3
+    assert "Allowed is below 0" in compared.last.inner_text()
     assert "of training left" not in page.locator("#run-detail").inner_text()
     watched.until(
         "/Best on what is held out: [\\d.]+ at step \\d+/.test(document.getElementById('run-summary').textContent)"
@@ -90,6 +97,8 @@ def test_distil_watch_and_ask(watched: Watched) -> None:
     page.locator("#run-table tbody tr").nth(20).wait_for()
 
     _row(page, "support_v0001").get_by_text("serving").wait_for()
+    learned = _row(page, "support_v0001").locator("[data-label='Learned from'] a")
+    assert learned.get_attribute("href") == "/memory?cartridge=support_v0001"
     assert "support_v0001" in page.locator("#serving-table").inner_text()
     assert page.locator("#triggers li").count() == 5
     page.fill("#try-question", "where is my parcel?")

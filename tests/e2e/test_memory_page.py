@@ -155,6 +155,47 @@ def test_without_the_episodic_memory_it_says_so_and_browses(watched: Watched, po
     watched.complaints[:] = [text for text in watched.complaints if "409" not in text]  # the browser's own line
 
 
+def test_what_a_cartridge_was_trained_on(watched: Watched, ports: dict[str, int]) -> None:
+    page = watched.open("/memory?cartridge=ports_v0001")
+    page.locator("#browse-count").get_by_text("that it was trained on").wait_for()
+    shown = {int(line.inner_text().split()[0].removeprefix("#")) for line in page.locator(".about").all()}
+    assert shown <= set(ports.values())
+    assert ports["Rome"] not in shown, "it was corrected, so it is forgotten"
+    page.locator("#browse-notice").get_by_text("forgotten since: it is stale").wait_for()
+    assert page.locator("#search-domain").is_disabled()
+    page.focus("#search-cartridge")
+    page.keyboard.press("Home")  # any or none
+    watched.until("!document.getElementById('search-domain').disabled && !location.search.includes('cartridge')")
+
+
+def test_forgetting_a_conversation_says_first_what_it_reaches(watched: Watched, ports: dict[str, int]) -> None:
+    for number in range(3):
+        body = {"domain": "gossip", "observation": f"rumour {number}", "action": "noted", "session_id": "tavern"}
+        watched.server.post("/olympus/history", body)
+    page = watched.open("/memory")
+    watched.until("[...document.getElementById('forget-domain').options].some((o) => o.value === 'ports')")
+    assert page.locator("#forget-start").is_disabled()
+    page.select_option("#forget-domain", "ports")
+    preview = page.locator("#forget-preview")
+    preview.get_by_text("would be gone for good").wait_for()
+    assert re.search(r"ports_v0001 learned from \d of them, of \d in all; stale already", preview.inner_text())
+
+    watched.tab_to("#forget-domain")
+    page.keyboard.type("gossip")
+    page.locator("#forget-start").get_by_text("Forget 3 experiences").wait_for()
+    preview.get_by_text("No cartridge learned from them.").wait_for()
+    watched.tab_to("#forget-start")
+    page.keyboard.press("Enter")
+    assert "the domain gossip" in page.locator("dialog[open]").inner_text()
+    watched.tab_to("dialog[open] button[value=yes]")
+    page.keyboard.press("Enter")
+    page.get_by_text("3 experiences were forgotten.").wait_for()
+    assert watched.server.get("/olympus/history?domain=gossip")["experiences"] == []
+    line = watched.server.get("/olympus/audit?action=history.delete&limit=1")["entries"][0]
+    assert line["detail"] == {"domain": "gossip", "count": 3}
+    watched.until("document.activeElement.id === 'forget-domain'")
+
+
 def test_out_as_a_file_and_in_again(watched: Watched, ports: dict[str, int], tmp_path: Path) -> None:
     page = watched.open("/memory")
     watched.until("[...document.getElementById('export-domain').options].some((o) => o.value === 'ports')")
