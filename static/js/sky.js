@@ -161,7 +161,8 @@ export function relationsOf({ nodes, edges: lines, domain_distances: distances }
   for (const { domains, distance } of distances) {
     const [one, other] = domains;
     if (!first.has(one) || !first.has(other)) continue;
-    for (const domain of domains) if (!(nearest.get(domain)?.distance <= distance)) nearest.set(domain, { one, other, distance });
+    const pair = { one, other, distance };
+    for (const domain of domains) if (!(nearest.get(domain)?.distance <= distance)) nearest.set(domain, pair);
   }
   const pairs = [...new Set(nearest.values())].map(({ one, other, distance }) => ({ from: first.get(one), to: first.get(other), kind: "near", inherited: false, distance }));
   return [...descent, ...pairs];
