@@ -103,8 +103,8 @@ class Engine:
         block = prefill_chunk if batching == "exact" else min(_BLOCK, prefill_chunk)
         self._store = PrefixCache(prefix_cache_bytes, block) if prefix_cache_bytes else None
         self._stepper = Stepper(
+            loaded,
             Forward(loaded, compiled),
-            eos_ids=loaded.eos_ids,
             prefill_chunk=prefill_chunk,
             batching=batching,
             store=self._store,

@@ -30,6 +30,7 @@ import torch
 from workspace.context import Context
 from workspace.forward import Forward, Row
 from workspace.generation import Generation
+from workspace.models import LoadedModel
 from workspace.prefix_cache import PrefixCache
 from workspace.row_cache import as_row
 
@@ -63,15 +64,15 @@ class Stepper:
 
     def __init__(
         self,
+        loaded: LoadedModel,
         forward: Forward,
         *,
-        eos_ids: frozenset[int],
         prefill_chunk: int,
         batching: Batching,
         store: PrefixCache | None = None,
     ):
         self._forward = forward
-        self._eos_ids = eos_ids
+        self._loaded = loaded
         self._prefill_chunk = prefill_chunk
         self._exact = batching == "exact"
         self._shares: bool | None = False if self._exact else None  # None: not tried yet
@@ -212,7 +213,7 @@ class Stepper:
             if not generation.prefilled:
                 return
             sampled = generation.sampler.choose(logits)
-            generation.accept(sampled, self._eos_ids)
+            generation.accept(sampled, self._loaded.eos_ids)
             if context is not None and generation.finished is None and context.chosen(logits, sampled.token_id):
                 generation.finish("stop")
         except Exception as error:

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import threading
+import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -399,22 +400,25 @@ def test_a_swap_under_eight_clients_never_mixes_versions(
     assert len({json.dumps(choices) for choices in expected.values()}) == 3
     client.post(f"{ALL}/{versions[0].id}/promote")
     stop = threading.Event()
+    answers: list[tuple[str, Any]] = []
 
-    def ask_on(_: int) -> list[tuple[str, Any]]:
-        own, found = served.test_client(), []
+    def ask_on(_: int) -> None:
+        own = served.test_client()
         while not stop.is_set():
             answer = said(own, ROUTES[0], max_tokens=24, **named(domain))
-            found.append((answer["olympus"]["cartridges"][0], answer["choices"]))
-        return found
+            answers.append((answer["olympus"]["cartridges"][0], answer["choices"]))
 
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(ask_on, number) for number in range(8)]
         for row in [*versions[1:], versions[0], versions[2]]:
             stop.wait(0.3)
             assert client.post(f"{ALL}/{row.id}/promote").status_code == 200
-        stop.wait(0.3)
+            given, deadline = len(answers), time.monotonic() + 30
+            while row.id not in {cartridge_id for cartridge_id, _ in answers[given:]} and time.monotonic() < deadline:
+                stop.wait(0.02)
         stop.set()
-        answers = [item for future in asked for item in future.result()]
+        for future in asked:
+            future.result()
     assert {cartridge_id for cartridge_id, _ in answers} == set(expected)
     for cartridge_id, choices in answers:
         assert choices == expected[cartridge_id], "text of another version than the one that is named"
