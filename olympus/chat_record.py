@@ -57,6 +57,7 @@ def from_record(record: Record) -> tuple[Delta | ChatFinished, ...]:
         cartridges=tuple(record.meta.get("cartridges", ())),
         memory=record.meta.get("memory"),
         cartridge_slots=record.meta.get("cartridge_slots", 0),
+        cached_tokens=record.meta.get("cached_tokens", 0),
         others=tuple(
             Choice(
                 finish_reason=noted["finish_reason"],
@@ -136,6 +137,8 @@ def _meta(request: ChatRequest, model: ModelCard, key: str | None, finished: Cha
         meta["workspace"] = dict(finished.workspace)
     if finished.cartridges:
         meta["cartridges"], meta["cartridge_slots"] = list(finished.cartridges), finished.cartridge_slots
+    if finished.cached_tokens:
+        meta["cached_tokens"] = finished.cached_tokens
     if finished.memory is not None:
         meta["memory"] = dict(finished.memory)
     if request.prompt is not None:
