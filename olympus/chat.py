@@ -4,7 +4,8 @@
 it is written and, last, ``ChatFinished``: by then the exchange is committed to the history, so what a client saw end is
 never lost. An answer that was cut off is recorded too, marked as cancelled, and nothing learns from it.
 
-An ``Idempotency-Key`` makes a retry harmless: the recorded answer is given again instead of a second one.
+An ``Idempotency-Key`` makes a retry harmless: the recorded answer is given again instead of a second one; so does what
+OpenAI's clients say of their retries (``chat_retries.py``).
 Knows the engine and the history; HTTP and its wire formats are in ``web``. Routing by kernels comes later.
 """
 
@@ -22,6 +23,7 @@ from memory.history import History, Record
 from olympus.chat_cartridges import ChatCartridges
 from olympus.chat_memory import ChatMemory
 from olympus.chat_record import observation, request_id, to_experience
+from olympus.chat_retries import UnheardAnswers
 from olympus.chat_run import ChatRun, Submitted
 from olympus.chat_types import (
     ChatFinished,
@@ -73,6 +75,7 @@ class ChatService:
         self._lock = threading.Lock()
         self._active = 0
         self._keys_in_use: set[str] = set()
+        self.unheard = UnheardAnswers()
 
     def model(self) -> ModelCard:
         """The loaded model. Raises ``ModelNotReady``."""
@@ -91,17 +94,21 @@ class ChatService:
         key = None if request.idempotency_key is None else request_id(request)
         self._enter(key)
         try:
-            replay = None if key is None else self._recorded(key, request)
+            replay, missed = None if key is None else self._recorded(key, request), self.unheard.take(request)
+            if missed is not None and missed.whole and replay is None:
+                replay = self._living(missed.experience_id)
             submitted = None if replay is not None else self._submit(engine, request)
         except BaseException:
             self.leave(key)
             raise
-        return ChatRun(self, request, card, engine, submitted, replay, key)
+        replaces = None if missed is None or missed.whole else missed.experience_id
+        return ChatRun(self, request, card, engine, submitted, replay, key, replaces)
 
     def check_invariants(self) -> None:
         """Raise ``AssertionError`` when the bookkeeping contradicts itself."""
         with self._lock:
             assert self._active >= len(self._keys_in_use)
+        self.unheard.check_invariants()
 
     def _submit(self, engine: Engine, request: ChatRequest) -> Submitted:
         if request.prompt is not None:
@@ -190,6 +197,10 @@ class ChatService:
             raise IdempotencyKeyReused("this Idempotency-Key came with a different request; use a new key for each one")
         return record
 
+    def _living(self, experience_id: int) -> Record | None:
+        record = self._history.get(experience_id)
+        return None if record is None or record.deleted else record
+
     def _enter(self, key: str | None) -> None:
         with self._lock:
             if key is not None and key in self._keys_in_use:
@@ -213,7 +224,10 @@ class ChatService:
             return None
         if self._log_prompts:
             log.info("chat", observation=experience.observation, action=experience.action)
-        return self._history.append([experience])[0].id
+        written = self._history.append([experience])[0].id
+        if run.replaces is not None and finished.finish_reason != "cancelled":
+            self._history.delete(experience_id=run.replaces, actor=run.request.actor)
+        return written
 
     def announce(self, card: ModelCard, finished: ChatFinished | None) -> None:
         """Tell the event stream that a chat began, or how it ended."""

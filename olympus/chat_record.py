@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from memory.history import NewExperience, Record
@@ -146,7 +147,7 @@ def _meta(request: ChatRequest, model: ModelCard, key: str | None, finished: Cha
     if key is not None:
         meta["request_sha256"] = request.fingerprint()
     if request.response is not None:
-        meta["response"] = {"instructed": request.response.instructed, "fields": dict(request.response.fields)}
+        meta["response"] = asdict(request.response)
     return meta
 
 

@@ -24,6 +24,7 @@ from olympus.chat_types import (
     FinishReason,
     GenerationFailed,
     ModelCard,
+    ResponseNote,
     Step,
     TokenInfo,
 )
@@ -64,11 +65,13 @@ class ChatRun:
         submitted: Submitted | None,
         replay: Record | None,
         key: str | None,
+        replaces: int | None = None,
     ) -> None:
         self.request = request
         self.model = card
         self.domain = request.domain or service.default_domain
         self.key = key
+        self.replaces = replaces  #: the experience of an earlier try that was cut off
         self.said = said(request, engine.loaded.tokenizer)
         self.replayed = replay is not None
         self._service = service
@@ -88,13 +91,12 @@ class ChatRun:
         service.announce(card, None)
 
     @property
-    def response(self) -> Mapping[str, Any]:
-        """What the response repeats of its request; of a replayed one, of the request that was recorded."""
+    def response(self) -> ResponseNote:
+        """What the response is called and repeats; of a replayed one, what was recorded."""
         if self._replay is not None:
-            fields: Mapping[str, Any] = self._replay.meta["response"]["fields"]
-            return fields
+            return ResponseNote(**self._replay.meta["response"])
         assert self.request.response is not None, "asked of requests for a response only"
-        return self.request.response.fields
+        return self.request.response
 
     def events(self, timeout: float = 1.0) -> Iterator[Delta | ChatFinished | None]:
         """Yield text as it comes and end after ``ChatFinished``; None after ``timeout`` seconds without text.
@@ -137,6 +139,10 @@ class ChatRun:
         finally:
             self._service.leave(self.key)
 
+    def not_heard(self, finished: ChatFinished) -> None:
+        """The client had left when the answer was whole: its retry shall get this one."""
+        self._service.unheard.note(self.request, finished.experience_id, whole=True)
+
     def _abandon(self) -> None:
         self.cancel()
         try:
@@ -147,7 +153,8 @@ class ChatRun:
         if any(finished.reason == "error" for finished in ended):
             return
         try:
-            self._conclude(ended, "cancelled")
+            told = self._conclude(ended, "cancelled")
+            self._service.unheard.note(self.request, told.experience_id, whole=False)
         except Exception:  # nobody is left to tell, and the slot must be given back
             log.exception("an answer that was cut off could not be recorded")
 

@@ -100,7 +100,7 @@ class ChatRequest:
     choices are answered, of which the first becomes the experience. ``logit_bias`` holds (token id, bias).
     ``json_schema``: the answer shall be JSON that fits it. ``must_call``: it shall be a call of one of the ``tools``,
     the one ``call_named`` if that is set; ``one_call``: it ends after the first call. ``response``: it is stored as a
-    response, which later requests go on from (``chat_responses``).
+    response, which later requests go on from (``chat_responses``). ``retry``: the client says that it asks again.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -137,11 +137,12 @@ class ChatRequest:
     idempotency_key: str | None = None
     actor: str = "local"
     response: ResponseNote | None = None
+    retry: bool = False
 
     def fingerprint(self) -> str:
         """Hex SHA-256 of what decides the answer; equal for a true retry."""
         content = {field.name: getattr(self, field.name) for field in fields(self)}
-        del content["idempotency_key"], content["actor"]
+        del content["idempotency_key"], content["actor"], content["retry"]
         content["response"] = self.response is not None  # what it repeats does not decide the answer
         for younger in _YOUNGER:  # the digests of older requests know nothing of them
             if not content[younger] or (younger, content[younger]) == ("n", 1):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import structlog
@@ -76,6 +77,7 @@ def answer(
     slot = runtime().admission.chat()
     try:
         wanted = make_request(actor=principal().id, idempotency_key=idempotency_key())
+        wanted = replace(wanted, retry=_is_retry())
         exchange = Exchange(runtime().chat.open(wanted), slot)
     except BaseException:
         slot.release()
@@ -95,6 +97,11 @@ def idempotency_key() -> str | None:
     if key is not None and not 1 <= len(key) <= _LONGEST_KEY:
         raise ApiError(400, "invalid_value", f"the Idempotency-Key must have 1 to {_LONGEST_KEY} characters")
     return key
+
+
+def _is_retry() -> bool:
+    """What OpenAI's clients say of a request that they send again by themselves."""
+    return request.headers.get("X-Stainless-Retry-Count", "0").strip() not in ("", "0")
 
 
 class Exchange:
@@ -148,6 +155,9 @@ def _whole(exchange: Exchange, wire: AnswerWire, headers: dict[str, str]) -> Res
             if isinstance(event, ChatFinished):
                 if _is_cut_off(event):
                     raise _cut_off()
+                if exchange.client_gone():
+                    exchange.run.not_heard(event)
+                    return Response(status=_CLIENT_CLOSED_REQUEST)
                 wanted = exchange.run.request
                 asked = wanted.logprobs and not wanted.exact and not event.replayed
                 response = jsonify(wire.completion(event, _tokens(deltas) if asked else None))
@@ -187,6 +197,8 @@ def _chunks(exchange: Exchange, wire: AnswerWire) -> Iterator[str]:
     written = time.monotonic() - _BATCH_SECONDS  # the first text goes out at once
     for event in exchange.run.events(_TICK_SECONDS):
         if exchange.client_gone():
+            if isinstance(event, ChatFinished):
+                exchange.run.not_heard(event)
             return
         if isinstance(event, ChatFinished):
             for chunk in wire.told(pending):

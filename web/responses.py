@@ -97,8 +97,7 @@ def input_items(response_id: str) -> ResponseReturnValue:
 
 
 def _wire(run: ChatRun) -> ResponseWire:
-    assert run.request.response is not None, "asked of requests for a response only"
-    return ResponseWire(run.model.id, run.request.response.id, run.response)
+    return ResponseWire(run.model.id, run.response.id, run.response.fields)
 
 
 def _found(response_id: str) -> Record:

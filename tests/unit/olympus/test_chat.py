@@ -198,16 +198,17 @@ def test_a_key_that_is_being_answered_is_refused_until_then(make: Make) -> None:
     assert again.replayed
 
 
-def test_a_retry_of_a_cut_off_answer_is_answered_anew(make: Make, history: History) -> None:
+def test_a_retry_of_a_cut_off_answer_is_answered_anew_and_takes_its_place(make: Make, history: History) -> None:
     service = make()
     wanted = request(max_tokens=600, idempotency_key="k1")
     run = service.open(wanted)
     assert next(run.events(5.0)) is not None
     run.close()
+    (oldest,) = history.page()
+    assert oldest.meta["finish_reason"] == "cancelled"
     _, whole = answer(service, wanted)
     assert not whole.replayed
-    newest, oldest = history.page()
-    assert oldest.meta["finish_reason"] == "cancelled"
+    (newest,) = history.page()
     assert newest.meta["finish_reason"] in ("stop", "length")
     assert len(newest.action) > len(oldest.action)
 

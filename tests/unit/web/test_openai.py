@@ -305,7 +305,11 @@ def scripted(
         made = make_runtime(server=server)
         generation = Scripted(script)
         engine = SimpleNamespace(
-            loaded=runtime.engine.loaded, submit=lambda *_, **__: generation, stop=lambda timeout: True
+            loaded=runtime.engine.loaded,
+            submit=lambda *_, **__: generation,
+            stop=lambda timeout: True,
+            stats=runtime.engine.stats,
+            is_busy=False,
         )
         made._engine = engine  # type: ignore[assignment]
         return create_app(runtime=made).test_client(), made, generation
