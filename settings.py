@@ -188,7 +188,7 @@ class KernelSettings(_Section):
     patience_evaluations: int = Field(40, ge=1, description="Evaluations without improvement until settled.")
     step_pause_ms: float = Field(0.0, ge=0, le=1000, description="Pause after each step, in milliseconds.")
     serve_share: float = Field(
-        0.1, gt=0, le=1, description="Share of a core that a training thread takes while a chat is generating."
+        0.05, gt=0, le=1, description="Share of a core that a training thread takes while a chat is generating."
     )
     serve_pause_ms: float = Field(
         10_000.0, ge=0, le=30_000, description="The most that running chats may hold up one training step."
