@@ -74,9 +74,9 @@ def workspace_attention(
     ``pack``: the stock function is ``packed_attention``.
     """
     if isinstance(workspace, RowBatch):
-        hooked = {"workspace_rope": workspace_rope, "workspace_back": workspace_back}
+        hooked: dict[str, Any] = {"workspace_rope": workspace_rope, "workspace_back": workspace_back}
         return _attend_rows(module, query, workspace, base=base, **hooked, **kwargs), None
-    stock = stock_eager(module) if base == "eager" else packed_attention if pack else sdpa_attention_forward
+    stock: Any = stock_eager(module) if base == "eager" else packed_attention if pack else sdpa_attention_forward
     if workspace is None:
         return stock(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
     layer: int = module.layer_idx  # type: ignore[assignment]
@@ -128,10 +128,10 @@ def _attend_rows(
     rows, width = query.shape[0], query.shape[-1]
     if plain and not acting:
         grouped = query.reshape(rows, seen[0][0].shape[1], -1, width)  # [R, H, G, D]
-        outputs = [packed(one, *pair, scaling) for one, pair in zip(grouped.split(1), seen, strict=True)]
+        outputs = [packed(one, *pair, scaling) for one, pair in zip(grouped.chunk(rows), seen, strict=True)]
         return torch.cat(outputs).reshape(rows, 1, -1, seen[0][1].shape[-1])
     outputs = []
-    for row, (one, (key, value)) in enumerate(zip(query.split(1), seen, strict=True)):
+    for row, (one, (key, value)) in enumerate(zip(query.chunk(rows), seen, strict=True)):
         own = {**kwargs, "position_ids": kwargs["position_ids"][row : row + 1]}
         if workspace_back is not None:
             own["workspace_back"] = tuple(factor[row : row + 1] for factor in workspace_back)

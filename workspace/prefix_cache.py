@@ -40,7 +40,7 @@ from workspace.row_cache import RowLayer
 
 _Pair = tuple[Tensor, Tensor]  #: keys and values
 
-_digests = WeakIdKeyDictionary()
+_digests: Any = WeakIdKeyDictionary()
 _digests_lock = threading.Lock()
 
 

@@ -211,6 +211,8 @@ class RowCache(DynamicCache):  # type: ignore[misc]
     cannot be a row of several (``batchable``).
     """
 
+    layers: list[Any]
+
     def __init__(self, config: Any, room: int = _ROOM):
         super().__init__(config=config)
         kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
@@ -247,7 +249,8 @@ class Rows(Cache):  # type: ignore[misc]
         first = key_states[:1], value_states[:1]
         places = [cache.layers[layer_idx].place(*first) for cache in self._caches]
         # All copies in one call: each by itself would take longer to call than to do.
-        sources = zip(key_states.squeeze(2).split(1), value_states.squeeze(2).split(1), strict=True)
+        count = len(self._caches)
+        sources = zip(key_states.squeeze(2).chunk(count), value_states.squeeze(2).chunk(count), strict=True)
         torch._foreach_copy_([part for to, _ in places for part in to], [part for pair in sources for part in pair])
         self._seen[layer_idx] = [seen for _, seen in places]
         return key_states, value_states
