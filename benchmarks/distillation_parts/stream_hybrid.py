@@ -23,7 +23,7 @@ from agents.environments.base import Environment
 from agents.episodes import EpisodeRunner, EpisodesConfig, Score
 from agents.over_http import OlympusServer, ServerLog
 from agents.registry import make_agent
-from benchmarks.distillation_parts.stream_lives import MAX_TOKENS, Life
+from benchmarks.distillation_parts.stream_lives import MAX_TOKENS
 from cli.distill_cycle import CycleError, OwnServer, Tell
 from lm.openai_client import OpenAIClient
 from lm.transport import Patience, Transport
@@ -87,8 +87,8 @@ class HybridLife:
         url = f"{self.server.url}/v1"
         return OpenAIClient(url, self._model, accepts_cartridges=True, extra=extra, patience=PATIENCE)
 
-    def run(self, config: EpisodesConfig) -> Life:
-        """Live; the CPU seconds are those of answering alone."""
+    def run(self, config: EpisodesConfig) -> list[Score]:
+        """Live."""
         with self.client() as lm:
             agent = make_agent(
                 "hybrid",
@@ -97,12 +97,9 @@ class HybridLife:
                 memory=KVCacheMemory(domain=DOMAIN, source=self._olympus),
                 config=self.agent_config,
             )
-            began = self._cpu()
             runner = EpisodeRunner(agent, self.environment, self.folder, config, life="hybrid", progress=self._settle)
             runner.run()
-        scores = runner.scores()
-        trained = sum(run["cpu_seconds"] for run in self.runs)
-        return Life(scores, (self._cpu() - began - trained) / len(scores))
+        return runner.scores()
 
     def close(self) -> None:
         """The connections."""

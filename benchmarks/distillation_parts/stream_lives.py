@@ -12,16 +12,14 @@ Prompts show the right answers in place of its own: shown its mistakes with thei
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from agents.base import AgentConfig, MemoryAgent
 from agents.environments.base import Environment
 from agents.episodes import EpisodeRunner, EpisodesConfig, Score
-from agents.experience_log import NEWEST, FileLog, HistoryLog
+from agents.experience_log import FileLog, HistoryLog
 from agents.registry import make_agent
 from lm.engine_client import EngineClient
 from memory.history import History
@@ -31,43 +29,30 @@ from workspace.engine import Engine
 
 WINDOW = 4
 NEIGHBOURS = 8
-MAX_TOKENS = 12  #: of an action; the codes have up to six
+MAX_TOKENS = 8  #: of an action; the codes have up to six
+ARMS = 4
 
 
-@dataclass(frozen=True)
-class Life:
-    """What an arm lived through, and the CPU seconds of one answer, its share of everything around it included."""
-
-    scores: list[Score]
-    cpu_seconds: float
-
-
-def local_arms(engine: Engine, history: History, system_prompt: str) -> dict[str, MemoryAgent]:
-    """The arms by name; each has a domain of ``history`` of its own, but the memoryless one, which reads nothing."""
-    lm = EngineClient(engine, timeout=3600.0)
+def local_arms(engines: Sequence[Engine], history: History, system_prompt: str) -> dict[str, MemoryAgent]:
+    """The arms by name, each with an engine of ``ARMS`` and a domain of ``history`` of its own."""
     config = AgentConfig(
         system_prompt=system_prompt, max_tokens=MAX_TOKENS, neighbours=NEIGHBOURS, apply_corrections=True
     )
-    whole = config.model_copy(update={"max_prompt_tokens": engine.loaded.context_length - MAX_TOKENS})
-
-    def agent(name: str, domain: str, config: AgentConfig = config, newest: int = NEWEST) -> MemoryAgent:
-        return make_agent(name, lm, log=HistoryLog(history, domain, newest), config=config)
-
+    whole = config.model_copy(update={"max_prompt_tokens": engines[0].loaded.context_length - MAX_TOKENS})
+    first, second, third, fourth = (EngineClient(engine, timeout=3600.0) for engine in engines)
     return {
-        "memoryless": make_agent("memoryless", lm, log=FileLog("memoryless"), config=config),
-        "full history": agent("history", "full", whole),
-        f"newest {WINDOW}": agent("history", "window", newest=WINDOW),
-        f"{NEIGHBOURS} nearest (BM25)": agent("knn", "nearest"),
+        "memoryless": make_agent("memoryless", first, log=FileLog("memoryless"), config=config),
+        "full history": make_agent("history", second, log=HistoryLog(history, "full"), config=whole),
+        f"newest {WINDOW}": make_agent("history", third, log=HistoryLog(history, "window", WINDOW), config=config),
+        f"{NEIGHBOURS} nearest (BM25)": make_agent("knn", fourth, log=HistoryLog(history, "nearest"), config=config),
     }
 
 
-def live(agent: MemoryAgent, environment: Environment, folder: Path, config: EpisodesConfig) -> Life:
+def live(agent: MemoryAgent, environment: Environment, folder: Path, config: EpisodesConfig) -> list[Score]:
     """One life, with its examinations."""
-    began = time.process_time()
     runner = EpisodeRunner(agent, environment, folder, config, life=folder.name)
     runner.run()
-    scores = runner.scores()
-    return Life(scores, (time.process_time() - began) / len(scores))
+    return runner.scores()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from agents.episodes import EpisodesConfig, Score
 from agents.kv_memory_agent import KVMemoryAgent
 from benchmarks.distillation_parts import stream, stream_report
 from benchmarks.distillation_parts.stream_hybrid import HybridLife, settings
-from benchmarks.distillation_parts.stream_lives import Life, live, local_arms, own_history
+from benchmarks.distillation_parts.stream_lives import ARMS, live, local_arms, own_history
 from benchmarks.distillation_parts.stream_swap import CLIENTS, Swapped, swap_under_clients
 from benchmarks.kernel_parts.common import MissingData, Options
 from cli.distill_cycle import serving
@@ -97,16 +97,15 @@ def test_forgetting_compares_the_same_questions_before_and_after() -> None:
 
 def test_every_arm_lives_the_three_phases(engine: Engine, tmp_path: Path) -> None:
     with own_history(tmp_path) as history:
-        arms = local_arms(engine, history, WORLD.system_prompt)
+        arms = local_arms([engine] * ARMS, history, WORLD.system_prompt)
         lives = {name: live(agent, WORLD, tmp_path / str(n), EPISODES) for n, (name, agent) in enumerate(arms.items())}
         assert history.domains().keys() == {"full", "window", "nearest"}
     for name, found in lives.items():
-        trained = stream_report.lived(found.scores)
+        trained = stream_report.lived(found)
         assert [item.group for item in trained] == ["A"] * 4 + ["B"] * 4 + ["A+B changed"] * 4, name
-        examined = [(item.episode, item.group) for item in found.scores if item.mode == "eval"]
+        examined = [(item.episode, item.group) for item in found if item.mode == "eval"]
         assert examined == [(4, "A")] * 3 + [(episode, group) for episode in (8, 12) for group in "AAABBB"], name
-        assert found.cpu_seconds > 0
-    shown = {name: [item.experiences for item in stream_report.lived(found.scores)] for name, found in lives.items()}
+    shown = {name: [item.experiences for item in stream_report.lived(found)] for name, found in lives.items()}
     assert shown["memoryless"] == [0] * 12
     assert shown["full history"] == list(range(12))
     assert shown["newest 4"] == [*range(4), *[4] * 8]
@@ -194,10 +193,10 @@ def test_a_life_over_http_survives_a_kill(model: Path, tmp_path: Path) -> None:
     with serving(tmp_path / "server", environ, said.append) as server:
         hybrid = HybridLife(server, WORLD, tmp_path / "life", size.kill_in, 12, said.append)
         try:
-            found: Life = hybrid.run(EPISODES)
+            found = hybrid.run(EPISODES)
         finally:
             hybrid.close()
-    assert len(stream_report.lived(found.scores)) == 12
+    assert len(stream_report.lived(found)) == 12
     assert [run["episodes"] for run in hybrid.runs] == [4, 8, 12], said
     killed = hybrid.killed
     assert killed is not None
