@@ -7,8 +7,8 @@ are not touched: parameters, state dict and fingerprint stay as they are. Module
 hooks, the registered attention and virtual tokens see what they saw before.
 
 The products are torch's own (``aten::_weight_int4pack_mm_for_cpu``, the kernel behind gpt-fast and torchao's CPU
-layout). Eight bits are two of four: a code c = 16 h + l is a product with h and one with l. That is exact, and for one row
-as quick as ``aten::_weight_int8pack_mm``, which has one scale per row of the matrix and not per group.
+layout). Eight bits are two of four: a code c = 16 h + l is a product with h and one with l. That is exact, and for one
+row as quick as ``aten::_weight_int8pack_mm``, which has one scale per row of the matrix and not per group.
 
 Shapes: N outputs, K inputs, G = K / 32 groups.
 """
