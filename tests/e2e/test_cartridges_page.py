@@ -201,12 +201,6 @@ def test_frame_and_barriers(watched: Watched, axe: str) -> None:
     page.locator("#lineage-table tbody th").first.wait_for()
     page.locator("#runs a").last.click()
     page.locator("#run-chart canvas").wait_for()
-    for name, scheme in (("cartridges-dark", "dark"), ("cartridges", "light")):
-        page.set_viewport_size({"width": 1440, "height": 1400})
-        page.emulate_media(color_scheme=scheme)
-        page.locator("#domain-title").evaluate("(title) => title.scrollIntoView()")
-        page.wait_for_timeout(600)
-        watched.save(name)
     page.locator("#run-twin summary").click()
     watched.check_everywhere(axe)
     page.get_by_role("button", name="Retire support_v0001").click()

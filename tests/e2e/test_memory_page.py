@@ -235,9 +235,8 @@ def test_by_keyboard(watched: Watched, ports: dict[str, int]) -> None:
 
 
 def test_frame_and_barriers(watched: Watched, ports: dict[str, int], axe: str) -> None:
-    page = watched.open(f"/memory?id={ports['Athens']}")
+    page = watched.open(f"/memory?domain=ports&id={ports['Athens']}", height=1060)
     watched.until_live()
-    page.set_viewport_size({"width": 1440, "height": 1060})
     page.wait_for_timeout(500)
     watched.save("memory")
     page.locator(".correct-box summary").click()

@@ -159,7 +159,7 @@ def test_picture(watched: Watched, chat: Any) -> None:
     chat.locator(".parameters summary").click()
     chat.locator("#compare").check()
     chat.set_viewport_size({"width": 1440, "height": 1280})
-    _ask(chat, "What is the capital of France, and what can one see there?")
+    _ask(chat, "Write four sentences about a lighthouse and its keeper.")
     chat.locator(".pair-table").wait_for(timeout=90_000)
     chat.locator(".inside summary").first.click()
     chat.wait_for_timeout(700)
