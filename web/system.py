@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -90,7 +91,7 @@ def _disk() -> dict[str, Any]:
         "distillation": serving.distillery.folder,
     }
     if serving.database.is_sqlite and serving.database.url.database:
-        parts["database"] = folder / "olympus.db" if serving.settings.database.url is None else folder
+        parts["database"] = Path(serving.database.url.database)
     told = vitals.disk(parts, folder)
     quota = serving.settings.kernels.retention
     return {**told, "kernels_max_bytes": quota.max_bytes, "min_free_bytes": quota.min_free_bytes, "folder": str(folder)}

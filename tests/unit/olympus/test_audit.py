@@ -77,6 +77,9 @@ def test_actors_are_called_as_people_know_them(database: Database, log: AuditLog
     assert {"actor": key_id, "name": "Ada's notebook", "entries": 1} in choices["actors"]
     assert {"actor": "local", "name": "this machine", "entries": 2} in choices["actors"]
     assert choices["actions"] == [{"action": "kernel.stop", "entries": 4}, {"action": "key.create", "entries": 1}]
+    assert log.choices() is choices, "nothing is counted again while no line has come"
+    log.note("local", "kernel.pin", "k")
+    assert {"action": "kernel.pin", "entries": 1} in log.choices()["actions"]
 
 
 def test_a_long_target_is_cut_not_refused(log: AuditLog) -> None:
