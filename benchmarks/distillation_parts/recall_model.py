@@ -2,14 +2,14 @@
 
     python benchmarks/distillation_parts/recall_model.py --out FOLDER [--seed 1] [--finish 300]
 
-Everything of gpt-oss is there (sliding and full attention in turns, sinks, top-2 of 4 experts), in 0.34 M parameters;
+All but YaRN is there (sliding and full attention in turns, sinks, top-2 of 4 experts), in 0.34 M parameters;
 only the window is 4 tokens instead of 128. FOLDER gets weights in bfloat16, tokenizer, configuration and training.log,
 anew after every stage; benchmarks/models/recall holds what seed 1 made. One thread; the same seed gives the same
 losses.
 
 Models like this one sit on a plateau for millions of tokens, where they answer *some* value of the history (loss
-ln N), until two layers find each other: one that notes at each value whose it is, one that looks for the note. What
-makes that easy here: every value is asked again in the same sequence, so each gives N targets; the loss is on values
+ln N), until two layers find each other: one that notes at each value whose it is, one that looks for the note. What is
+done against that here: every value is asked again in the same sequence, so each gives N targets; the loss is on values
 that are determined, and on nothing else before these are found (later on their end as well); few pairs first, twice as
 many whenever recall passes 97 %; a window that holds little beside the name; queries that begin as copies of keys in
 the full layers, so that equal things attend to each other (mimetic initialisation, Trockman and Kolter 2023, arXiv
