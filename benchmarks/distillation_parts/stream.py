@@ -199,7 +199,7 @@ def _kill_told(killed: Killed | None) -> str:
     before, after = killed.experiences
     return (
         f"Kill: SIGKILL to the server after step {killed.at_step} of {killed.run}. It went on "
-        f"{killed.again_seconds:.0f} s later (its lease has to run out) from step {killed.resumed_at}; the log of the "
+        f"{killed.again_seconds:.0f} s later (its lease has to run out); the log of the "
         f"run has {once}; it ended as {killed.state}. Experiences before and after: {before}, {after}."
     )
 

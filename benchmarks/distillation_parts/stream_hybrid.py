@@ -43,7 +43,6 @@ class Killed:
 
     run: str
     at_step: int
-    resumed_at: int  #: the last step that the checkpoint had
     again_seconds: float  #: from the kill until the run went on; the lease of the dead process has to run out
     steps_once: bool  #: the log of the whole run has every step once, in order
     state: str  #: how the run ended
@@ -149,11 +148,10 @@ class HybridLife:
         self.tell(f"killed after step {at} of {run}")
         self.server.start()
         self._paid -= self._process_cpu()  # starting again is no part of the distillation
-        again, resumed = 0.0, 0
+        again = 0.0
         while (told := self._transport.get(f"/olympus/distillation/runs/{run}"))["finished_at"] is None:
             if not again and int(told["progress"].get("attempts", 0)) > 1 and told["state"] == "running":
                 again = time.monotonic() - begun
-                resumed = max(self._steps(run), default=0)
             if time.monotonic() - begun > _RUN_SECONDS:
                 raise CycleError(f"run {run} did not go on after the kill: {told['progress']}")
             time.sleep(0.2)
@@ -161,7 +159,6 @@ class HybridLife:
         self.killed = Killed(
             run=run,
             at_step=at,
-            resumed_at=min(resumed, at),
             again_seconds=again,
             steps_once=bool(steps) and steps == list(range(1, len(steps) + 1)),
             state=told["state"],
