@@ -233,5 +233,6 @@ def _content(rule: Rule, reading: Reading, named: dict[type[BaseModel], dict[str
         shape = {"type": "object", "properties": listed, "required": list(reading.keys)}
     else:
         shape = {"type": "object"}
-    told = {media: {"schema": {"type": "string"}} for media in sorted(reading.media - {_JSON})}
+    others = sorted(reading.media - {_JSON})
+    told: dict[str, Any] = {media: {} if media == _EVENTS else {"schema": {"type": "string"}} for media in others}
     return told | ({_JSON: {"schema": shape}} if _JSON in reading.media or not told else {})
