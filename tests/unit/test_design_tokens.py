@@ -23,7 +23,9 @@ TEXT_PAIRS = [
     ("on-clay", "clay"),
     ("ground", "ink"),
 ]
-GRAPHIC_PAIRS = [(line, ground) for line in ("line-strong", "chart-train", "violet") for ground in ("ground", "surface")]
+GRAPHIC_PAIRS = [
+    (line, ground) for line in ("line-strong", "chart-train", "violet") for ground in ("ground", "surface")
+]
 
 
 def luminance(colour: str) -> float:
