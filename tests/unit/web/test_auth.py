@@ -27,6 +27,7 @@ VALUES = {
     "filename": "x.js",
     "key_id": "0a1b2c3d",
     "job_id": "distillation",
+    "response_id": "resp_0",
 }
 Key = Callable[..., dict[str, str]]
 

@@ -102,7 +102,7 @@ def test_a_session_is_continued_by_its_newest_message(client: FlaskClient, runti
     ]
     by_hand = _ask(client, [*sent, {"role": "user", "content": "and now?"}], domain=domain, cartridges=[{"id": domain}])
     assert by_hand["choices"][0]["message"] == told["choices"][0]["message"]
-    assert by_hand["usage"] == told["usage"]
+    assert by_hand["usage"]["prompt_tokens"] == told["usage"]["prompt_tokens"]
     none = _ask(client, [{"role": "user", "content": "and now?"}], memory={"recent_turns": 0}, **fields)
     assert none["olympus"]["memory"]["turns_recalled"] == 0
 

@@ -35,6 +35,7 @@ def greedy(**more: object) -> SamplingParams:
 
 def run(engine: Engine, answer: str, **more: object) -> tuple[list[TokenChunk], Finished]:
     """The events of a generation that says ``answer``; checks that they agree with its result."""
+    engine.warm_up()  # what an engine tries out at its first passes is not scripted
     with scripted(engine.loaded.model, encode(answer)):
         generation = engine.submit(MESSAGES, greedy(**more))
         events = list(generation.stream())

@@ -20,7 +20,7 @@ from workspace.models import load_model
 def test_an_engine_teaches(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model", context_length=512)
     loaded = load_model(str(folder), cache_dir=folder, dtype="float32", device="cpu")
-    engine = Engine(loaded, max_active=2, max_waiting=1, threads=1)
+    engine = Engine(loaded, max_active=2, max_waiting=1, threads=1, batching="exact")
     config = make_distill_config(
         {
             "top_logprobs": 8,
