@@ -36,6 +36,9 @@ bench: $(VENV)/.dev ## print the ratios that we claim
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/workspace.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/distillation.py
+	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/dashboard.py
 
 lint: $(VENV)/.dev ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
