@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from memory.distillation.answers import content_key
 from memory.distillation.config import make_distill_config
 from memory.distillation.data_generation import generate_dataset
 from memory.distillation.dataset import read_dataset
@@ -46,14 +48,32 @@ def test_the_rival_has_the_whole_memory(tmp_path: Path, strategy: str) -> None:
     records = tagged(30)
     found, held_out = _questions(tmp_path, records, strategy={"name": strategy, "window_k": 2})
     assert 0 < len(found) <= 5 < len(held_out)
+    kept_out = {str(row.metadata["content_key"]) for row in held_out}
+    lived = {record.observation for record in records if content_key(record.observation) not in kept_out}
     for question in found:
         shown = [message["content"] for message in question.teacher if message["role"] == "user"]
         own = question.student[-1]["content"]
         assert shown.count(own) == 1, "the question itself, last, and not its answer"
         assert shown[-1] == own
-        assert {record.observation for record in records} <= {*shown}
+        assert lived <= {*shown}
     again, _ = _questions(tmp_path, records, strategy={"name": strategy, "window_k": 2})
     assert [item.key for item in again] == [item.key for item in found]
+
+
+def test_all_questions_come_after_the_same_memory(tmp_path: Path) -> None:
+    """So that it is read once; and nothing of it is a question that another one's prompt would give away."""
+    records = [
+        replace(record, observation=record.observation + " please" * (number % 7))
+        for number, record in enumerate(tagged(60))
+    ]
+    found, held_out = _questions(tmp_path, records, 700, training={"max_tokens": 100})
+    memories = [question.teacher[:-1] for question in found]
+    assert len(memories) > 1
+    assert len(memories[0]) > 10
+    assert all(memory == memories[0] for memory in memories)
+    kept_out = {row.messages[-2].content for row in held_out}
+    assert not kept_out & {message["content"] for message in memories[0]}
+    assert len({len(question.teacher[-1]["content"]) for question in found}) > 1, "questions of several lengths"
 
 
 def test_it_has_no_more_than_the_model_can_read(tmp_path: Path) -> None:
