@@ -197,7 +197,7 @@ def _responses(
         refused |= {422} if dialect == _PROBLEM else set()
     if reading.body is not None or reading.raw:
         refused |= {413, 415}
-    if rule.arguments or dialect == _OPENAI:
+    if rule.arguments or dialect == _OPENAI or reading.body is not None:  # bodies name kernels and runs, too
         refused |= {404}
     if rule.arguments:  # another route may take the same path
         refused |= {405}
