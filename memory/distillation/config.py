@@ -215,6 +215,7 @@ class TrainingConfig(_Section):
         2.0, gt=0, description="metadata.weight of rows whose experience went wrong; data generation writes it."
     )
     early_stop_patience: int = Field(6, ge=0, description="Evaluations without improvement that end it; 0: never.")
+    min_watched: int = Field(24, ge=1, description="With fewer held-out rows to watch none are: they choose by noise.")
     evaluate_every: int = Field(10, ge=1, description="Steps between evaluations on held-out rows.")
     save_every: int = Field(25, ge=1, description="Steps between checkpoints.")
     keep_last: int = Field(2, ge=1, description="Checkpoints that stay.")

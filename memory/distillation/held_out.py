@@ -11,18 +11,16 @@ from collections.abc import Sequence
 from memory.distillation.config import GateConfig
 from memory.distillation.rows import Row
 
-#: Of the observations that the gate may ask, so many go to training; and fewer than ``LEAST`` watched rows choose by
-#: noise, so that then none are watched and training goes to its last step.
-WATCHED_SHARE = 1 / 3
-LEAST = 8
+WATCHED_SHARE = 1 / 3  #: Of the observations that the gate may ask, so many go to training.
 
 
-def divide(rows: Sequence[Row], gate: GateConfig) -> tuple[list[Row], list[Row]]:
+def divide(rows: Sequence[Row], gate: GateConfig, least: int) -> tuple[list[Row], list[Row]]:
     """The held-out ``rows`` that are watched in training, and those that the gate asks.
 
     By content key, in the order of the keys, which are hashes: the same in every attempt. The gate comes first: it gets
     ``min_rows`` observations where there are as many, and never more than ``max_rows``. What the gate does not ask
-    (questions of self-study) is watched.
+    (questions of self-study) is watched. Fewer than ``least`` rows choose by noise: then none are watched, so that
+    training goes to its last step, and all are asked.
     """
     held_out = [row for row in rows if row.split == "eval"]
     replay = [row for row in held_out if row.type == "replay"]
@@ -31,7 +29,7 @@ def divide(rows: Sequence[Row], gate: GateConfig) -> tuple[list[Row], list[Row]]
     for most in (count, gate.max_rows):
         asked = set(keys[:most])
         watched = [row for row in held_out if _key(row) not in asked]
-        if len(watched) >= LEAST:
+        if len(watched) >= least:
             break
     else:
         watched = []

@@ -241,7 +241,7 @@ class _Stages:
             return train(
                 self._given.loaded,
                 [row for row in rows if row.split == "train"],
-                divide(rows, config.gate)[0],
+                divide(rows, config.gate, training.min_watched)[0],
                 training,
                 init,
                 folder=self._folder,
@@ -318,7 +318,7 @@ class _Stages:
         from memory.distillation.evaluation import Evaluation, evaluate
         from memory.distillation.gate import judge, nothing_to_rank, too_few
 
-        _, held_out = divide(rows, self._config.gate)
+        _, held_out = divide(rows, self._config.gate, self._config.training.min_watched)
         gate = self._config.gate.decided(sum(item.target == "feedback" for item in held_out))
         questions = gate_questions(
             held_out,

@@ -24,7 +24,7 @@ TINY_PRESET = """
 teacher: {model: "engine:", max_tokens: 8, max_prompt_tokens: 256}
 data: {targets: feedback, eval_share: 0.6}
 training: {slots: 16, learning_rate: 0.3, clip_norm: 10.0, warmup_steps: 2, max_steps: 24, rows: 8, max_tokens: 64,
-           evaluate_every: 4, save_every: 12}
+           evaluate_every: 4, save_every: 12, min_watched: 1}
 gate: {min_rows: 3, max_rows: 4}
 """
 
