@@ -60,7 +60,7 @@ def run(options: Options) -> str:
     with ExitStack() as stack:
         arms, notes = _arms(loaded, cache, options, stack)
         prompts = _prompts(loaded["exact bf16"], options)
-        rounds, tokens = (3, 12) if options.quick else (15, 96)
+        rounds, tokens = (3, 12) if options.quick else (5, 96)
         speed = [_speed(arms, prompt, rounds, tokens) for prompt in prompts]
     parts = [f"{tokens} tokens, {rounds} rounds, one thread.", *notes, *speed]
     parts += [_quality(loaded, options), _prompt_speed(loaded, options), _account(loaded["quantised"], options)]
