@@ -56,7 +56,9 @@ def gate_questions(
     if items and config.data.hold_out == "observations":
         fits = [item.prompt.included for item in items]
         # What fits before the longest question; one so long that it leaves no half of the room gets less than others.
-        fit = set(min((ids for ids in fits if 2 * len(ids) >= max(map(len, fits))), key=len))
+        most = max(len(ids) for ids in fits)
+        shortest = min((ids for ids in fits if 2 * len(ids) >= most), key=len)
+        fit = set(shortest)
         kept = [item for item in clean if item.id in fit or content_key(item.observation) in chosen]
         items = _items(kept, long, chosen, count)
     return [question_of(wanted[item.sample.key], item.prompt.teacher_messages, candidates) for item in items]
