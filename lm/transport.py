@@ -15,6 +15,7 @@ import json
 import random
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -48,7 +49,23 @@ class Patience:
                 raise InvalidSpec(f"{name} must be above 0 and below a day, got {value!r} seconds")
 
 
-class Transport:
+class Closing(ABC):
+    """Whoever makes one closes it, or uses it in a ``with``."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Drop the connections."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Transport(Closing):
     """One server. Safe to use from any thread; ``close()`` it, or use it in a ``with``.
 
     A set ``stop`` ends the waiting between tries at once, with ``Unavailable``.
@@ -110,14 +127,6 @@ class Transport:
         """Drop the connections."""
         self._client.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _pause(self, attempt: int, wanted: float | None) -> float:
         """Seconds before the next try; never longer than ``longest_pause``, whatever the server wishes."""
         longest = self._patience.longest_pause
@@ -126,22 +135,14 @@ class Transport:
         return float(min(self._patience.first_pause * 2**attempt, longest) * random.uniform(0.75, 1.25))
 
 
-class Connected:
-    """A client of one server: whoever makes it closes it, or uses it in a ``with``."""
+class Connected(Closing):
+    """A client of one server."""
 
     _transport: Transport
 
     def close(self) -> None:
         """Drop the connections."""
         self._transport.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _checked(base_url: str) -> str:

@@ -198,15 +198,19 @@ class Chain:
         self._passing: _Block | None = None  # the block whose window was copied while the answer went by
         self.reused = count * store.block  #: tokens that came from the store
 
+    def due(self, count: int) -> bool:
+        """Whether the first ``count`` tokens hold a whole block more than is kept."""
+        return (self._count + 1) * self._store.block <= count
+
     def extend(self, tokens: Sequence[int], cache: Cache, *, answering: bool) -> None:
         """Keep what a pass has added to ``cache``, which now holds ``tokens`` after the prefix; whole blocks of it."""
         store, size = self._store, self._store.block
-        if (self._count + 1) * size > len(tokens):
+        if not self.due(len(tokens)):
             return
         with store._lock:
             if not store._holds(self._last):
                 return
-            while (self._count + 1) * size <= len(tokens):
+            while self.due(len(tokens)):
                 start = self._count * size
                 wanted = tuple(tokens[start : start + size])
                 block = self._last.children.get(wanted)

@@ -222,7 +222,7 @@ class Stepper:
     def _keep(self, generation: Generation, answering: bool) -> None:
         """Let the store have what the pass made; in exact mode only what it makes of whole chunks of a prompt."""
         chain, cache = generation.chain, generation.cache
-        if chain is None or cache is None or (answering and self._exact):
+        if chain is None or cache is None or (answering and self._exact) or not chain.due(generation.position):
             return
         known = (*generation.prompt_ids, *generation.token_ids)
         chain.extend(known[: generation.position], cache, answering=answering)

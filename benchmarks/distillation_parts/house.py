@@ -6,16 +6,14 @@ are others, by content; nothing is trained on them or chosen by them.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from agents.environments.base import lived_through
 from agents.environments.intent_tagging import IntentTagging, intent_tagging
-from benchmarks.kernel_parts.common import ROOT, MissingData, Options
+from benchmarks.kernel_parts.common import MissingData, Options, cache_folder
 from memory.distillation.encoding import Encoder
 from memory.distillation.evaluation import ArmResult, Question, measure_arm
 from memory.distillation.prompt_builder import student_messages, teacher_messages
@@ -54,8 +52,7 @@ class House:
 
 def load(options: Options) -> LoadedModel:
     """The model, from the package."""
-    cache = Path(os.environ.get("OLYMPUS_CACHE_DIR", ROOT / ".cache"))
-    return load_model(MODEL, cache_dir=cache, dtype="bfloat16")
+    return load_model(MODEL, cache_dir=cache_folder(), dtype="bfloat16")
 
 
 def make_house(options: Options, labels: Labels, seed: int, *, episodes: int, shown: int, questions: int) -> House:

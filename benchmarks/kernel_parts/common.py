@@ -37,6 +37,11 @@ def data_folder() -> Path | None:
     return path if path.is_dir() else None
 
 
+def cache_folder() -> Path:
+    """Where models are fetched to and converted."""
+    return Path(os.environ.get("OLYMPUS_CACHE_DIR") or ROOT / ".cache")
+
+
 def banking77(options: Options, split: str) -> list[tuple[str, str]]:
     """``(message, intent)`` rows of the split ``train`` (10,003) or ``test`` (3,080), in file order."""
     path = _need(options, "banking77", f"{split}.csv")

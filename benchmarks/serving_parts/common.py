@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from benchmarks.kernel_parts.common import ROOT
+from benchmarks.kernel_parts.common import cache_folder
 from workspace.models import LoadedModel, load_model
 from workspace.quantised import WeightsName
 
@@ -20,8 +18,7 @@ MODEL = "smollm2-135m-instruct"
 
 def load(weights: WeightsName) -> LoadedModel:
     """The packaged model in its default dtype, its linears as ``model.weights`` says."""
-    cache = Path(os.environ.get("OLYMPUS_CACHE_DIR", ROOT / ".cache"))
-    return load_model(MODEL, cache_dir=cache, weights=weights)
+    return load_model(MODEL, cache_dir=cache_folder(), weights=weights)
 
 
 def words(loaded: LoadedModel, count: int, seed: int) -> list[int]:

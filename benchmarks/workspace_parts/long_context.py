@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import random
 import sys
@@ -49,11 +48,11 @@ from benchmarks.kernel_parts.common import (  # noqa: E402
     MissingData,
     Options,
     banking77,
+    cache_folder,
     data_folder,
     tinyshakespeare,
 )
 from benchmarks.workspace_parts.long_context_report import Losses, report  # noqa: E402
-from benchmarks.workspace_parts.options import Options as WorkspaceOptions  # noqa: E402
 from workspace.compaction import CompactionSettings  # noqa: E402
 from workspace.compaction_training import CorrectionTraining, train_correction  # noqa: E402
 from workspace.context import Context, Segment  # noqa: E402
@@ -156,11 +155,6 @@ def train(options: Options, folder: Path) -> None:
         recipe = CorrectionTraining(steps=320)
         correction = train_correction(hooked, training_texts(loaded, options), recipe, STREAMED, progress=progress)
         save_correction(folder, correction, hooked, fingerprints=fingerprints)
-
-
-def cache_folder() -> Path:
-    """Where packaged weights are fetched to."""
-    return Path(os.environ.get("OLYMPUS_CACHE_DIR", ROOT / ".cache"))
 
 
 def windows(ids: Tensor, count: int) -> list[Tensor]:
@@ -328,10 +322,10 @@ def hooked_on(loaded: LoadedModel, layers: str) -> Iterator[HookedModel]:
         hooked.remove()
 
 
-def run(options: WorkspaceOptions) -> str:
+def run(options: Options) -> str:
     """All arms, as a part of ``benchmarks/workspace.py``. Raises MissingData without the model or the text."""
-    loaded = load_model(MODEL, cache_dir=options.cache, dtype="bfloat16")
-    samples = windows(held_out(loaded, Options(data=options.data), "tinyshakespeare"), 4 if options.quick else 48)
+    loaded = load_model(MODEL, cache_dir=cache_folder(), dtype="bfloat16")
+    samples = windows(held_out(loaded, options, "tinyshakespeare"), 4 if options.quick else 48)
     losses = in_groups(loaded, samples, ARMS)
     return f"{MODEL} in bfloat16, {len(samples)} windows.\n\n{report(losses)}"
 

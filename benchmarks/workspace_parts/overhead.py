@@ -18,12 +18,10 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-from benchmarks.kernel_parts.common import ROOT, MissingData, table
-from benchmarks.workspace_parts.options import Options
+from benchmarks.kernel_parts.common import ROOT, MissingData, Options, cache_folder, table
 from workspace.channels import PlainOutput
 from workspace.errors import ModelDownloadFailed
 from workspace.forward import Forward, StepContext
@@ -102,7 +100,7 @@ class Bench:
 def run(options: Options) -> str:
     """The part. Raises MissingData where the model cannot be had."""
     try:
-        loaded = load_model("smollm2-135m-instruct", cache_dir=Path(options.cache), device="cpu")
+        loaded = load_model("smollm2-135m-instruct", cache_dir=cache_folder(), device="cpu")
     except ModelDownloadFailed as error:
         raise MissingData(f"SmolLM2 is not here and cannot be fetched: {error}") from None
     bench = Bench(loaded)

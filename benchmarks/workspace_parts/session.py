@@ -30,8 +30,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from benchmarks.kernel_parts.common import MissingData, table
-from benchmarks.workspace_parts.options import Options
+from benchmarks.kernel_parts.common import MissingData, Options, cache_folder, table
 from memory.recall import recall_turns
 from workspace.context import Context
 from workspace.errors import ModelDownloadFailed
@@ -149,7 +148,7 @@ class Reader:
 def run(options: Options) -> str:
     """The part. Raises MissingData where the model cannot be had."""
     try:
-        loaded = load_model("smollm2-135m-instruct", cache_dir=options.cache, device="cpu")
+        loaded = load_model("smollm2-135m-instruct", cache_dir=cache_folder(), device="cpu")
     except ModelDownloadFailed as error:
         raise MissingData(f"SmolLM2 is not here and cannot be fetched: {error}") from None
     hooked = HookedModel(loaded, hookable_layers(loaded.model.config))

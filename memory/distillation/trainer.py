@@ -195,7 +195,6 @@ class _Run:
         """All remaining steps."""
         self._resume()
         began, first, spent = time.perf_counter(), self._state.step, self._state.seconds
-        self._waited = 0.0
         config, state = self._config, self._state
         try:
             while True:
