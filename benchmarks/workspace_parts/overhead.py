@@ -32,7 +32,7 @@ from workspace.sampling import Sampler, SamplingParams
 from workspace.state_files import TrainingRecord
 from workspace.steering import Steering
 from workspace.steering_types import Toggles
-from workspace.stepping import advance
+from workspace.stepping import Stepper
 from workspace.workspace_config import WorkspaceConfig
 
 CONTEXTS = (256, 2048)
@@ -61,7 +61,7 @@ class Bench:
         parts = ("virtual_kv", "residual_delta", "controller")
         self.steering.modules.record = TrainingRecord(step=1, parts=parts, data_digest="random weights, for their cost")
         self._hooks: HookedModel | None = self.steering.hooked
-        self._forward = Forward(loaded)
+        self._stepper = Stepper(loaded, Forward(loaded), prefill_chunk=CHUNK, batching="exact")
 
     def begin(self, arm: str, prompt: Sequence[int], tokens: int) -> Generation:
         """A generation as the engine makes it."""
@@ -88,7 +88,7 @@ class Bench:
         elif arm != "bare" and self._hooks is None:
             self._hooks = HookedModel(self.loaded, self.steering.layers)
         wall, cpu = time.perf_counter(), time.thread_time()
-        advance(generation, self._forward, eos_ids=frozenset(), prefill_chunk=CHUNK)
+        self._stepper.round([generation], lambda: False)
         times.cpu.append(time.thread_time() - cpu)
         times.wall.append(time.perf_counter() - wall)
 
