@@ -29,6 +29,11 @@ def _live_through(server: Dashboard, domain: str = "support") -> None:
         server.post("/olympus/history", body)
 
 
+def _note_metrics(response: Any, fetched: list[tuple[int, int]]) -> None:
+    if since := re.search(r"/metrics\?since=(\d+)", response.url):
+        fetched.append((int(since[1]), response.json()["next"]))
+
+
 def _bring(server: Dashboard, known: str, domain: str) -> str:
     """A candidate of ``domain``: the cartridge ``known`` out and in again."""
     file = server.client.get(f"/olympus/cartridges/{known}/export").content
@@ -65,8 +70,8 @@ def test_distil_watch_and_ask(watched: Watched) -> None:
     watched.until_live()
     _live_through(watched.server)  # the page hears of it and offers the domain
     watched.until("document.getElementById('distil-domain').value === 'support'", 20)
-    asked: list[int] = []
-    page.on("request", lambda r: asked.extend(int(n) for n in re.findall(r"/metrics\?since=(\d+)", r.url)))
+    fetched: list[tuple[int, int]] = []  # where each request for metrics began, and where its answer ended
+    page.on("response", lambda response: _note_metrics(response, fetched))
     page.get_by_role("button", name="Distil", exact=True).click()
     assert "gives way to chats" in page.locator("dialog[open]").inner_text()
     _confirm(page, "Distil")
@@ -91,8 +96,9 @@ def test_distil_watch_and_ask(watched: Watched) -> None:
     watched.until(
         "/Best on what is held out: [\\d.]+ at step \\d+/.test(document.getElementById('run-summary').textContent)"
     )
-    assert asked[0] == 0
-    assert max(asked) > 0, "only what is new is fetched"
+    began, ended = [first for first, _ in fetched], [last for _, last in fetched]
+    assert began == [0, *ended[:-1]], "each request goes on where the last one ended"
+    assert ended[-1] > 0
     page.locator("#run-twin summary").click()
     page.locator("#run-table tbody tr").nth(20).wait_for()
 

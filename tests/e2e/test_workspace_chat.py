@@ -63,6 +63,7 @@ def test_the_same_prompt_with_and_without(watched: Watched, chat: Any) -> None:
     assert shown == [str(layer) for layer in layers]
     assert chat.locator(".bar-table").nth(1).locator("tbody tr").count() == 8
     chat.locator(".trace .twin summary").click()
+    chat.locator(".trace tbody tr").nth(tokens - 1).wait_for()
     assert chat.locator(".trace tbody tr").count() == tokens
     words = "".join(chat.locator(".trace tbody th").all_inner_texts())
     assert "Paris" in words
