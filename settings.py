@@ -295,6 +295,15 @@ class Settings(_Section):
     def _absolute(cls, value: Path) -> Path:
         return value.expanduser().absolute()
 
+    @model_validator(mode="after")
+    def _compiles_what_may_differ(self) -> Settings:
+        if self.engine.batching == "exact" and self.workspace.enable_torch_compile:
+            raise ValueError(
+                "engine.batching exact takes the stock model's own passes, which workspace.enable_torch_compile would "
+                "replace: set batching to batched, or enable_torch_compile to false"
+            )
+        return self
+
     @property
     def database_url(self) -> str:
         """The SQLAlchemy URL in use; holds the password, never log it."""

@@ -29,6 +29,7 @@ from workspace.context import Backend, Context, Recorder
 from workspace.errors import InvalidWorkspace
 from workspace.rope import LayerRope
 from workspace.row_batch import RowBatch, packed, packed_attention
+from workspace.traced import Traced, attend
 
 NAMES: dict[Base, str] = {"eager": "workspace", "sdpa": "workspace_fused"}
 _BACKENDS: dict[Backend, Callable[[Call, Placed], tuple[Tensor, Tensor | None]]] = {
@@ -53,6 +54,12 @@ def adopt_attention(model: Any) -> bool:
     return True
 
 
+def base_of(module: Any) -> Base:
+    """What the model of this attention ``module`` would run without us."""
+    name = module.config._attn_implementation
+    return next(base for base, own in NAMES.items() if own == name)
+
+
 def workspace_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -61,9 +68,10 @@ def workspace_attention(
     attention_mask: Tensor | None,
     *,
     base: Base,
-    workspace: Context | RowBatch | None = None,
+    workspace: Context | RowBatch | Traced | None = None,
     workspace_rope: LayerRope | None = None,
     workspace_back: tuple[Tensor, Tensor] | None = None,
+    workspace_rotation: tuple[Tensor, Tensor] | None = None,
     pack: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -71,11 +79,14 @@ def workspace_attention(
 
     Query and keys are rotated. ``workspace_rope`` and ``workspace_back`` come from the hook on a hooked layer. With a
     ``RowBatch`` each row [1, Hq, 1, D] attends to the keys and values of its own cache, whatever ``key`` holds.
-    ``pack``: the stock function is ``packed_attention``.
+    ``pack``: the stock function is ``packed_attention``. In a compiled step (``Traced``) ``key`` and ``value`` are the
+    token's own, and the hook has left its cosine and sine as ``workspace_rotation``.
     """
+    if isinstance(workspace, Traced):
+        return attend(module, query, key, value, workspace_rotation, **kwargs), None
     if isinstance(workspace, RowBatch):
         hooked: dict[str, Any] = {"workspace_rope": workspace_rope, "workspace_back": workspace_back}
-        return _attend_rows(module, query, workspace, base=base, **hooked, **kwargs), None
+        return attend_rows(module, query, workspace, base=base, **hooked, **kwargs), None
     stock: Any = stock_eager(module) if base == "eager" else packed_attention if pack else sdpa_attention_forward
     if workspace is None:
         return stock(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
@@ -110,7 +121,7 @@ def workspace_attention(
     return _BACKENDS[workspace.backend or "merge"](call, ready)
 
 
-def _attend_rows(
+def attend_rows(
     module: torch.nn.Module,
     query: Tensor,
     batch: RowBatch,
@@ -119,7 +130,10 @@ def _attend_rows(
     workspace_back: tuple[Tensor, Tensor] | None,
     **kwargs: Any,
 ) -> Tensor:
-    """[R, 1, Hq, D]. All rows take the packed kernel, unless the architecture has sinks or a soft cap."""
+    """Each row's token to its own cache, ``query`` [R, Hq, 1, D] to [R, 1, Hq, D].
+
+    All rows take the packed kernel, unless the architecture has sinks or a soft cap.
+    """
     layer: int = module.layer_idx  # type: ignore[assignment]
     acting = dict(batch.on(layer))
     seen = batch.rows.seen(layer)

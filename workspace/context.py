@@ -124,6 +124,12 @@ class Context:
             raise InvalidWorkspace(f"unknown attention back end {self.backend!r}; known are {', '.join(BACKENDS)}")
 
     @property
+    def layers(self) -> set[int]:
+        """Those on which something is carried or recorded."""
+        recorded = () if self.recorder is None else self.recorder.layers
+        return {*self.segments, *self.deltas, *recorded}
+
+    @property
     def empty(self) -> bool:
         """True when the pass equals one without a context."""
         return not self.segments and not self.deltas and self.recorder is None

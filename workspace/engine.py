@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
+from workspace.compiled_step import CompileOptions
 from workspace.errors import EngineBusy, EngineError, EngineStopped, InvalidSampling, PromptTooLong
-from workspace.forward import CompileOptions, Forward, StepContext
+from workspace.forward import Forward, StepContext
 from workspace.generation import Generation
 from workspace.harmony_output import choose_output
 from workspace.models import LoadedModel
@@ -71,7 +72,7 @@ class Engine:
     """Generates text with ``loaded``. ``start()`` it once, ``submit()`` from any thread, ``stop()`` it once.
 
     ``threads`` is the number of cores for one forward pass; 0 leaves one of the machine's cores to the rest.
-    ``compiled`` makes the step of one token with ``torch.compile``: minutes in ``warm_up``, quicker afterwards.
+    ``compiled`` makes the step of a single answer with ``torch.compile``: half a minute in ``warm_up``, quicker later.
     ``batching`` "exact" computes every generation alone. ``prefix_cache_bytes`` bounds what is kept of prompts and
     answers for prompts that begin the same way; 0 keeps nothing.
     """

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol
 
 import torch
-from transformers import Cache, StaticCache
+from transformers import Cache
 
 from workspace.attention import NAMES
+from workspace.compiled_step import CompiledStep, CompileOptions
 from workspace.context import Context
 from workspace.models import LoadedModel
 from workspace.row_batch import RowBatch
@@ -76,17 +78,9 @@ class PassiveContext:
         """Nothing to give back."""
 
 
-#: Static caches come in multiples of this many tokens: few sizes, few compilations.
-_STATIC_STEP = 512
+_ROOM = 512  # tokens, where nothing is said
 #: How far logits of a shared pass may be from those of single passes, relative to what is between two sequences.
 _ROUNDING = 0.25
-
-
-class CompileOptions(TypedDict, total=False):
-    """How ``torch.compile`` makes the step of one token: its ``mode``, or another ``backend`` (in tests)."""
-
-    mode: str
-    backend: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,23 +98,19 @@ class Forward:
 
     def __init__(self, loaded: LoadedModel, compiled: CompileOptions | None = None):
         self._model = loaded.model
-        #: What runs passes of one token; passes of a prompt's chunk come in all lengths and stay as they are.
-        self._step = loaded.model if compiled is None else torch.compile(loaded.model, **compiled)
-        self._static = compiled is not None
         self._device = loaded.device
         parameters = inspect.signature(loaded.model.forward).parameters
         self._takes_positions = "position_ids" in parameters  # models with ALiBi have none
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        #: Takes passes of one row; prompts come in all lengths, and several rows share what the interpreter costs.
+        self._compiled = None if compiled is None else CompiledStep(loaded.model, compiled, self._last_only)
 
-    def new_cache(self, tokens: int = _STATIC_STEP, *, soon: int | None = None) -> Cache:
+    def new_cache(self, tokens: int = _ROOM, *, soon: int | None = None) -> RowCache:
         """An empty cache for ``tokens``, with the layers (full, sliding, ...) that the model's configuration asks for.
 
-        It grows by itself, from room for ``soon`` tokens on; but for compiled steps, which would be compiled anew
-        whenever a shape changes: those get one of a fixed size.
+        It grows by itself, from room for ``soon`` tokens on.
         """
-        if not self._static:
-            return RowCache(self._model.config, room=tokens if soon is None else min(tokens, soon))
-        return StaticCache(config=self._model.config, max_cache_len=-(-tokens // _STATIC_STEP) * _STATIC_STEP)
+        return RowCache(self._model.config, room=tokens if soon is None else min(tokens, soon))
 
     def __call__(self, token_ids: Sequence[int], cache: Cache, start: int, extra: Mapping[str, Any]) -> torch.Tensor:
         """Append ``token_ids`` at positions from ``start`` to ``cache``; logits of the last one, [V] in float32."""
@@ -132,8 +122,7 @@ class Forward:
             # By its index: a slice of several rows is not contiguous, and for that torch copies the whole output matrix
             # (70 ms in bfloat16 for SmolLM2, a quarter of a pass of 256 tokens).
             kwargs["logits_to_keep"] = torch.tensor([len(token_ids) - 1], device=self._device)
-        model = self._step if len(token_ids) == 1 else self._model
-        logits: torch.Tensor = model(input_ids=ids, **kwargs).logits  # [1, 1, V]
+        logits: torch.Tensor = self._model(input_ids=ids, **kwargs).logits  # [1, 1, V]
         return logits[0, -1].float()
 
     def together(self, rows: Sequence[Row]) -> torch.Tensor:
@@ -143,29 +132,40 @@ class Forward:
         linear layers may round differently than alone. If the pass fails, no cache has changed.
         """
         caches = Rows([row.cache for row in rows])
-        model = self._model(
-            input_ids=torch.tensor([[row.token_id] for row in rows], device=self._device),  # [R, 1]
-            position_ids=torch.tensor([[row.position] for row in rows], device=self._device),
-            past_key_values=caches,
+        batch = RowBatch(caches, tuple(row.context for row in rows))
+        ids = torch.tensor([[row.token_id] for row in rows], device=self._device)  # [R, 1]
+        positions = torch.tensor([[row.position] for row in rows], device=self._device)
+        if self._compiled is not None and len(rows) == 1:
+            logits = self._compiled(ids, positions, batch)
+        else:
+            logits = self._plain(ids, positions, batch)
+        caches.commit()
+        return logits
+
+    def _plain(self, ids: torch.Tensor, positions: torch.Tensor, batch: RowBatch) -> torch.Tensor:
+        output = self._model(
+            input_ids=ids,
+            position_ids=positions,
+            past_key_values=batch.rows,
             use_cache=True,
-            workspace=RowBatch(caches, tuple(row.context for row in rows)),
+            workspace=batch,
             **self._last_only,
         )
-        logits: torch.Tensor = model.logits[:, -1].float()
-        caches.commit()
+        logits: torch.Tensor = output.logits[:, -1].float()
         return logits
 
     @property
     def has_rows(self) -> bool:
-        """Whether ``together`` can be tried: our attention function, explicit positions, no compiled steps."""
+        """Whether ``together`` can be tried: our attention function, explicit positions."""
         attention = self._model.config.get_text_config()._attn_implementation
-        return self._takes_positions and not self._static and attention in NAMES.values()
+        return self._takes_positions and attention in NAMES.values()
 
     @torch.inference_mode()
     def rows_agree(self) -> bool:
         """Whether ``together`` gives what single passes give: tried on two short sequences, instead of trusting names.
 
-        False for a model whose attention is not ours or has layers of other kinds, and for compiled steps.
+        False for a model whose attention is not ours or has layers of other kinds. Compiles the step of one row, where
+        that was asked for, and does without where it fails or says something else.
         """
         if not self.has_rows:
             return False
@@ -173,6 +173,7 @@ class Forward:
         pairs = [[self.new_cache() for _ in range(2)] for _ in prompts]
         if not all(isinstance(cache, RowCache) and cache.batchable for pair in pairs for cache in pair):
             return False
+        compiled, self._compiled = self._compiled, None
         try:
             for prompt, pair in zip(prompts, pairs, strict=True):
                 for cache in pair:
@@ -183,10 +184,36 @@ class Forward:
         except Exception:  # whatever an unknown architecture does with arguments that it does not know
             logger.warning("several sequences in one pass fail for this model; each is computed alone", exc_info=True)
             return False
-        # Rounding moves logits by less than a tenth of what is between the rows, a mixed-up row by all of it.
         wanted = torch.stack(alone)
-        wanted, found = wanted - wanted.mean(-1, keepdim=True), found - found.mean(-1, keepdim=True)
-        agree = bool((found - wanted).norm() <= _ROUNDING * (wanted - wanted.flip(0)).norm())
-        if not agree:
+        if not _agree(found, wanted):
             logger.warning("sequences in one pass do not give what each gives alone; each is computed alone")
-        return agree
+            return False
+        if compiled is not None and self._compiled_agrees(compiled, prompts, wanted):
+            self._compiled = compiled
+        return True
+
+    def _compiled_agrees(self, compiled: CompiledStep, prompts: Sequence[Sequence[int]], wanted: torch.Tensor) -> bool:
+        """Whether ``compiled`` gives the ``wanted`` logits [2, V] of a 1 after each of the ``prompts``."""
+        logger.info("compiling the step of one token")
+        begun = time.perf_counter()
+        found = []
+        try:
+            for prompt in prompts:
+                cache = self.new_cache()
+                self(prompt, cache, 0, {})
+                ids, positions = (torch.tensor([[number]], device=self._device) for number in (1, len(prompt)))
+                found.append(compiled(ids, positions, RowBatch(Rows([cache]), (None,)))[0])
+        except Exception:  # no compiler on this machine, or a model that cannot be traced
+            logger.warning("the step of one token cannot be compiled; it stays as it is", exc_info=True)
+            return False
+        if not _agree(torch.stack(found), wanted):
+            logger.warning("the compiled step does not give what the plain one gives; it stays as it is")
+            return False
+        logger.info("compiled in %.0f s", time.perf_counter() - begun)
+        return True
+
+
+def _agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Of logits [2, V]: rounding moves them by less than a tenth of what is between the rows, a mix-up by all of it."""
+    wanted, found = wanted - wanted.mean(-1, keepdim=True), found - found.mean(-1, keepdim=True)
+    return bool((found - wanted).norm() <= _ROUNDING * (wanted - wanted.flip(0)).norm())

@@ -16,9 +16,10 @@ from workspace.attention import NAMES
 from workspace.context import Context
 from workspace.errors import InvalidWorkspace, UnsupportedModel
 from workspace.models import LoadedModel
-from workspace.residuals import LayerHooks, Turning
+from workspace.residuals import LayerHooks, Turning, hooks_on
 from workspace.rope import RopeHandle
 from workspace.row_batch import RowBatch
+from workspace.traced import Traced
 
 _MOST_DEFAULT_LAYERS = 6
 
@@ -102,17 +103,18 @@ class HookedModel:
 
     def _check_context(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before every pass: what is for un-hooked layers would be lost without a word."""
-        carried: Context | RowBatch | None = kwargs.get("workspace")
+        carried: Context | RowBatch | Traced | None = kwargs.get("workspace")
+        if isinstance(carried, Traced):  # a compiled step checks the contexts themselves
+            return
         contexts = carried.contexts if isinstance(carried, RowBatch) else (carried,)
         for context in contexts:
             if context is not None:
                 self._check_layers(context)
 
     def _check_layers(self, context: Context) -> None:
-        recorded = () if context.recorder is None else context.recorder.layers
-        for layer in (*context.segments, *context.deltas, *recorded):
-            if layer not in self.layers:
-                raise InvalidWorkspace(f"layer {layer} is not hooked; hooked are {', '.join(map(str, self.layers))}")
+        if stray := context.layers - set(self.layers):
+            hooked = ", ".join(map(str, self.layers))
+            raise InvalidWorkspace(f"layer {min(stray)} is not hooked; hooked are {hooked}")
 
 
 def _layer_types(config: Any) -> tuple[str, ...]:
@@ -158,6 +160,5 @@ def _decoder(loaded: LoadedModel) -> Any:
 def _refuse_second_hooks(decoder: Any, layers: tuple[int, ...]) -> None:
     """Two sets of hooks on one layer would add every delta twice."""
     for layer in layers:
-        for hook in decoder.layers[layer].self_attn._forward_hooks.values():
-            if isinstance(getattr(hook, "__self__", None), LayerHooks):
-                raise InvalidWorkspace(f"layer {layer} is hooked already; share that HookedModel or remove() it")
+        if hooks_on(decoder.layers[layer].self_attn) is not None:
+            raise InvalidWorkspace(f"layer {layer} is hooked already; share that HookedModel or remove() it")

@@ -57,6 +57,9 @@ class QuantisedLinear(nn.Linear):
     copy is no buffer: it is not part of a state dict, and a module finds its buffers so slowly that it would show.
     """
 
+    joined: Joined | None = None  #: with others that get the same input
+    _place = 0, 0  # among their outputs
+
     def __init__(self, linear: nn.Linear, packed: Tensor, scales: Tensor, bits: Bits):
         nn.Module.__init__(self)  # not nn.Linear's, which would allocate a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -73,16 +76,47 @@ class QuantisedLinear(nn.Linear):
         rows = input.reshape(-1, shape[-1])
         if rows.shape[0] > self.most_rows or (input.requires_grad and torch.is_grad_enabled()):
             return functional.linear(input, self.weight, self.bias)
-        if self.bits == 8:
-            rows = torch.cat((rows, rows), dim=1)
-        out = _product(rows, self.packed, GROUP, self.scales)
+        if self.joined is not None:
+            out = self.joined(input, rows).narrow(1, *self._place)
+        else:
+            if self.bits == 8:
+                rows = torch.cat((rows, rows), dim=1)
+            out = _product(rows, self.packed, GROUP, self.scales)
         if self._biased:
             out = out + self.bias
-        return out.view(*shape[:-1], out.shape[-1])
+        return out.reshape(*shape[:-1], out.shape[-1])
+
+    def join(self, joined: Joined, begin: int) -> None:
+        """From now on the outputs from ``begin`` on of ``joined`` are what this linear computes."""
+        self.joined, self._place = joined, (begin, self.out_features)
+        self.packed, self.scales = joined.packed, joined.scales
 
     def extra_repr(self) -> str:
         """As nn.Linear's, with the bits."""
         return f"{super().extra_repr()}, bits={self.bits}"
+
+
+class Joined:
+    """The product of several linears of one input, computed once: for the first that asks, and kept for the others.
+
+    They are called one after the other with the same tensor (query, key and value; gate and up); whoever is called with
+    another one than the first was, because threads or hooks came between, computes anew.
+    """
+
+    def __init__(self, packed: Tensor, scales: Tensor, count: int):
+        self.packed, self.scales = packed, scales
+        self._count = count
+        self._last: tuple[Tensor, Tensor, int] | None = None  # input, product, and how often it is still wanted
+
+    def __call__(self, input: Tensor, rows: Tensor) -> Tensor:
+        """All outputs [R, N] for ``rows`` [R, K], which are those of ``input``."""
+        last = self._last
+        if last is not None and last[0] is input:
+            self._last = (input, last[1], last[2] - 1) if last[2] > 1 else None
+            return last[1]
+        product = _product(rows, self.packed, GROUP, self.scales)
+        self._last = input, product, self._count - 1
+        return product
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +165,29 @@ def quantise(name: str, model: Any, weights: WeightsName) -> Quantised:
             model.set_submodule(path, QuantisedLinear(module, packed, scales, bits))
             done[bits] += 1
             size += packed.nbytes + scales.nbytes
+    _join(model)
     return Quantised(done[4], done[8], len(found) - done.total(), size)
+
+
+#: Linears of one module that get the same input, in the order in which they are called.
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def _join(model: Any) -> None:
+    """One product instead of two or three where it can be: calls cost, and short matrices are multiplied slower."""
+    for module in model.modules():
+        for names in _SIBLINGS:
+            found = [getattr(module, name, None) for name in names]
+            linears = [one for one in found if isinstance(one, QuantisedLinear) and one.bits == 4]
+            whole = all(one.out_features % _BLOCK == 0 for one in linears)
+            if len(linears) < len(names) or not whole or len({one.in_features for one in linears}) > 1:
+                continue
+            packed = torch.cat([one.packed for one in linears])
+            joined = Joined(packed, torch.cat([one.scales for one in linears], dim=1).contiguous(), len(linears))
+            begin = 0
+            for one in linears:
+                one.join(joined, begin)
+                begin += one.out_features
 
 
 def _usable(linear: nn.Linear) -> bool:

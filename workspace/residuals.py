@@ -12,6 +12,7 @@ What a context carries for attention itself is read in ``attention.py``.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from workspace.context import Context, Delta, Recorder
 from workspace.errors import UnsupportedModel
 from workspace.rope import LayerRope
 from workspace.row_batch import RowBatch
+from workspace.traced import Traced, show, steer
 
 
 class Turning:
@@ -46,7 +48,7 @@ class LayerHooks:
 
     def __init__(self, layer: nn.Module, index: int, turning: Turning):
         self._index = index
-        self._turning = turning
+        self.turning = turning
         self._note = threading.local()
         self._sandwich = hasattr(layer, "post_feedforward_layernorm")  # norms after attention and feed-forward
         attention, before_feedforward, after_attention = _places(layer)
@@ -67,28 +69,33 @@ class LayerHooks:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Pass on cosine and sine, which ``self_attn`` consumes, where the attention function has a use for them."""
-        context: Context | RowBatch | None = kwargs.get("workspace")
+        context: Context | RowBatch | Traced | None = kwargs.get("workspace")
+        if isinstance(context, Traced):
+            return args, {**kwargs, "workspace_rotation": kwargs["position_embeddings"]}
         if isinstance(context, RowBatch):
             if not context.on(self._index):
                 return None
-        elif context is None or not (self._index in context.segments or self._recorder(context) is not None):
+        elif context is None or not (self._index in context.segments or _recorder(context, self._index) is not None):
             return None
-        back = self._turning.back(kwargs["position_embeddings"])
-        return args, {**kwargs, "workspace_rope": self._turning.rope, "workspace_back": back}
+        back = self.turning.back(kwargs["position_embeddings"])
+        return args, {**kwargs, "workspace_rope": self.turning.rope, "workspace_back": back}
 
     def after_attention(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
         """Add the delta, or leave it for ``after_norm``; leave the recorder for ``before_feedforward``."""
-        context: Context | RowBatch | None = kwargs.get("workspace")
+        context: Context | RowBatch | Traced | None = kwargs.get("workspace")
         self._note.recorder = self._note.addend = self._note.rows = None
-        if context is None:
+        self._note.traced = traced = isinstance(context, Traced)
+        if traced and not self._sandwich:
+            return (steer(output[0], self._index), *output[1:])
+        if context is None or isinstance(context, Traced):
             return None
         if isinstance(context, RowBatch):
             self._note.rows = rows = context.on(self._index)
-            addend = _row_addends(rows, self._index, kwargs["position_ids"], output[0])
+            addend = row_addends(rows, self._index, kwargs["position_ids"], output[0])
         else:
-            self._note.recorder = self._recorder(context)
+            self._note.recorder = _recorder(context, self._index)
             delta = context.deltas.get(self._index)
             addend = None if delta is None else _addend(delta, kwargs["position_ids"], output[0])
         if addend is None:
@@ -100,26 +107,47 @@ class LayerHooks:
 
     def after_norm(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Add the delta behind the norm of a layer that has one after its attention."""
+        if self._note.traced:
+            return steer(output, self._index)
         addend, self._note.addend = self._note.addend, None
         return None if addend is None else output + addend
 
-    def before_feedforward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def before_feedforward(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
         """Show the residual stream [R, T, hidden], the input of this norm, to the recorder, or to that of each row."""
+        if self._note.traced:
+            return (show(args[0], self._index),)
         recorder, self._note.recorder = self._note.recorder, None
         rows, self._note.rows = self._note.rows, None
         residual: Tensor = args[0]
         if recorder is not None:
-            self._show(recorder, residual)
-        for row, context in rows or ():
-            if (own := self._recorder(context)) is not None:
-                self._show(own, residual[row : row + 1])
+            _show(recorder, self._index, residual)
+        show_rows(rows or (), self._index, residual)
+        return None
 
-    def _show(self, recorder: Recorder, residual: Tensor) -> None:
-        recorder.residuals[self._index] = residual if recorder.whole else residual[:, -1]
 
-    def _recorder(self, context: Context) -> Recorder | None:
-        recorder = context.recorder
-        return recorder if recorder is not None and self._index in recorder.layers else None
+def hooks_on(attention: nn.Module) -> LayerHooks | None:
+    """The hooks of the layer that ``attention`` belongs to."""
+    for hook in attention._forward_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, LayerHooks):
+            return owner
+    return None
+
+
+def show_rows(rows: Iterable[tuple[int, Context]], layer: int, residual: Tensor) -> None:
+    """Show each row of ``residual`` [R, T, hidden] to that row's recorder."""
+    for row, context in rows:
+        if (recorder := _recorder(context, layer)) is not None:
+            _show(recorder, layer, residual[row : row + 1])
+
+
+def _recorder(context: Context, layer: int) -> Recorder | None:
+    recorder = context.recorder
+    return recorder if recorder is not None and layer in recorder.layers else None
+
+
+def _show(recorder: Recorder, layer: int, residual: Tensor) -> None:
+    recorder.residuals[layer] = residual if recorder.whole else residual[:, -1]
 
 
 def _addend(delta: Delta, position_ids: Tensor, like: Tensor) -> Tensor:
@@ -129,7 +157,7 @@ def _addend(delta: Delta, position_ids: Tensor, like: Tensor) -> Tensor:
     return torch.where(reached[..., None], vector if vector.ndim == 3 else vector[:, None], 0.0)
 
 
-def _row_addends(rows: list[tuple[int, Context]], layer: int, position_ids: Tensor, like: Tensor) -> Tensor | None:
+def row_addends(rows: list[tuple[int, Context]], layer: int, position_ids: Tensor, like: Tensor) -> Tensor | None:
     """[R, 1, hidden]: each row's own addend, zero for rows without; None where no row has one."""
     found = [(row, context.deltas[layer]) for row, context in rows if layer in context.deltas]
     if not found:

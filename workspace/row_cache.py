@@ -255,6 +255,16 @@ class Rows(Cache):  # type: ignore[misc]
         self._seen[layer_idx] = [seen for _, seen in places]
         return key_states, value_states
 
+    def update_one(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """``update`` and ``seen`` for the only row [1, H, 1, D], in as few calls as can be."""
+        (cache,) = self._caches
+        own: RowLayer = cache.layers[layer]
+        (to_key, to_value), seen = own.place(key, value)
+        to_key.copy_(key.squeeze(2))
+        to_value.copy_(value.squeeze(2))
+        self._seen[layer] = [seen]
+        return seen
+
     def seen(self, layer: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values [1, H, N, D] that each row's token sees, after ``update``."""
         return self._seen[layer]

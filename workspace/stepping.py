@@ -8,7 +8,7 @@ the stock model's own passes alone, and an answer is independent of what runs be
 bit.
 
 A generation is stepped alone where its pass cannot be shared: the first pass after its prompt, a context that carries
-other things than a ``Context``, layers of unusual kinds, compiled steps. An error ends the generation that it comes
+other things than a ``Context``, layers of unusual kinds. An error ends the generation that it comes
 from; when a shared pass fails, its rows are computed alone, which shows whose fault it is.
 
 The prompt whose turn is the longest ago gets a chunk; what a chunk leaves goes to others that fit into it whole. So a

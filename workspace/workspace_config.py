@@ -162,7 +162,9 @@ class WorkspaceConfig(_Section):
     )
 
     # Running it.
-    enable_torch_compile: bool = Field(False, description="Compile the decode step; minutes at start, faster after.")
+    enable_torch_compile: bool = Field(
+        False, description="Compile the decode step: half a minute at the first start, faster after."
+    )
     torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = Field(
         "default", description="Mode of torch.compile."
     )
@@ -220,11 +222,6 @@ class WorkspaceConfig(_Section):
             raise ValueError(
                 f"chunk_size ({self.chunk_size}) must hold the {self.sinks} sinks and {FEWEST_RECENT} recent tokens; "
                 f"use at least {self.sinks + FEWEST_RECENT}, or 0 for no cap"
-            )
-        if self.chunk_size and self.enable_torch_compile:
-            raise ValueError(
-                f"chunk_size ({self.chunk_size}) cuts the cache and enable_torch_compile needs one of a fixed size; "
-                "use 0 for the one, or false for the other"
             )
         needed = self.virtual_tokens + self.static_tokens
         if self.retention.max_tokens_per_layer < needed:

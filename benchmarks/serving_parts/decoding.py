@@ -32,8 +32,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from benchmarks.kernel_parts.common import MissingData, Options, banking77, table, tinyshakespeare
 from benchmarks.serving_parts.llama_peer import LlamaPeer
 from settings import load_settings
+from workspace.compiled_step import CompileOptions
 from workspace.engine import Engine
-from workspace.forward import CompileOptions
 from workspace.models import LoadedModel, load_model
 from workspace.packaged import PACKAGED, ensure_packaged
 from workspace.quantised import QuantisedLinear
@@ -231,7 +231,8 @@ def _account(model: LoadedModel, options: Options) -> str:
     linears = [module for module in model.model.modules() if isinstance(module, QuantisedLinear)]
     if not linears:
         return "No linear is quantised here (no native bfloat16), so there is no account."
-    size = sum(module.packed.nbytes + module.scales.nbytes for module in linears)
+    matrices = {id(module.packed): module.packed.nbytes + module.scales.nbytes for module in linears}  # some are joined
+    size = sum(matrices.values())
     inputs = {module.in_features: torch.randn(1, module.in_features).to(torch.bfloat16) for module in linears}
     buffer = torch.ones(_READ_BYTES // 4)
     rounds = 3 if options.quick else 20

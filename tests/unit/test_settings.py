@@ -76,6 +76,12 @@ def test_each_preset_is_valid(path: Path) -> None:
     assert load_settings(path.stem, environ={}) == load_settings(path, environ={})
 
 
+def test_compiled_steps_and_exact_passes_exclude_each_other() -> None:
+    both = {"engine": {"batching": "exact"}, "workspace": {"enable_torch_compile": True}}
+    with pytest.raises(SettingsError, match="set batching to batched, or enable_torch_compile to false"):
+        load_settings(environ={}, overrides=both)
+
+
 def test_a_missing_or_malformed_file_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="one of: cpu_small"):
         load_settings("nowhere", environ={})

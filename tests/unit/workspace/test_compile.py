@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 from transformers import StaticCache
 
 from tests.support.architectures import HIDDEN, hooked_model, segments
+from workspace.compiled_step import CompiledStep
 from workspace.context import Context, Delta, Recorder
 from workspace.hooking import HookedModel
 from workspace.sampling import SamplingParams
@@ -101,15 +102,22 @@ def test_every_back_end_compiles_a_prompt_into_one_graph(name: str, base: str, b
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
-def test_an_engine_with_a_compiled_step_says_the_same(architecture: str, tiny_models: Any, make_engine: Any) -> None:
+@pytest.mark.parametrize("chunk_size", [0, 48])
+def test_an_engine_with_a_compiled_step_says_the_same(
+    architecture: str, chunk_size: int, tiny_models: Any, make_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded = tiny_models[architecture]
+    calls: list[int] = []
+    step = CompiledStep.__call__
+    monkeypatch.setattr(CompiledStep, "__call__", lambda *args: calls.append(1) or step(*args))
     params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
     options = {"prefill_chunk": 8}  # the slots look at the prompt chunk by chunk
     plain, compiled = make_engine(loaded, **options), make_engine(loaded, compiled={"backend": "eager"}, **options)
-    steering = Steering(loaded, WorkspaceConfig(kv_plan_bias=-1.0))
+    steering = Steering(loaded, WorkspaceConfig(kv_plan_bias=-1.0, chunk_size=chunk_size, virtual_tokens=8, slots=8))
     try:
         for prompt in ([5, 6, 7], list(range(2, 40))):
             for steered in (False, True):
+                calls.clear()
                 one, other = (
                     engine.submit(prompt, params, request_context=steering.run() if steered else None).result(60)
                     for engine in (plain, compiled)
@@ -117,6 +125,7 @@ def test_an_engine_with_a_compiled_step_says_the_same(architecture: str, tiny_mo
                 assert one.error is None
                 assert other.error is None
                 assert one.token_ids == other.token_ids
+                assert len(calls) >= 39, "every token but the first"
     finally:
         steering.close()
     assert not counters["graph_break"], dict(counters["graph_break"])

@@ -254,7 +254,7 @@ def test_text_with_a_prefix_is_that_of_the_same_tokens(
 def test_a_compiled_step_says_the_same(
     architecture: str, tiny_models: dict[str, LoadedModel], make_engine: MakeEngine
 ) -> None:
-    """Its static cache is filled with the same slots; sliding layers of it keep their window of them."""
+    """It attends to the same slots; sliding layers keep their window of them."""
     torch._dynamo.reset()
     model = tiny_models[architecture]
     plain, compiled = make_engine(model), make_engine(model, prefill_chunk=8, compiled={"backend": "eager"})

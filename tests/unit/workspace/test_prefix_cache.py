@@ -221,7 +221,7 @@ def test_a_store_too_small_for_a_block_keeps_nothing(tiny: LoadedModel, make_eng
 
 
 def test_compiled_steps_reuse_prompts_too(tiny: LoadedModel, make_engine: MakeEngine) -> None:
-    """Static caches of full-attention layers; dynamo's "eager" back end compiles nothing."""
+    """Dynamo's "eager" back end compiles nothing."""
     engine = make_engine(tiny, prefill_chunk=16, prefix_cache_bytes=ROOMY, compiled={"backend": "eager"})
     plain = make_engine(tiny)
     prompt = prompt_of(40)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,64 @@ def test_a_model_reads_prompts_as_before_to_the_bit_and_decodes_the_nearer_the_m
     assert torch.equal(keys["int4"], keys["exact"])
     wrong = {name: float((found - logits["exact"]).norm() / logits["exact"].norm()) for name, found in logits.items()}
     assert 0 < wrong["int8"] < 0.2 < wrong["int4"], wrong  # random weights, so small errors grow large
+
+
+def siblings() -> tuple[nn.Module, nn.Module]:
+    """Query, key and value of a layer, plain and quantised."""
+    torch.manual_seed(1)
+    plain = nn.Module()
+    for name, outputs in (("q_proj", 192), ("k_proj", 64), ("v_proj", 64), ("o_proj", 64)):
+        plain.add_module(
+            name, nn.Linear(96, outputs, bias=name == "k_proj", dtype=torch.bfloat16).requires_grad_(False)
+        )
+    packed = copy.deepcopy(plain)
+    packed.config = packed.dtype = None
+    quantise("siblings", packed, "int4")
+    return plain, packed
+
+
+@torch.no_grad()
+def test_linears_of_one_input_are_multiplied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, packed = siblings()
+    q, k, v, o = packed.q_proj, packed.k_proj, packed.v_proj, packed.o_proj
+    assert q.joined is k.joined is v.joined is not None
+    assert o.joined is None
+    calls = []
+    product = quantised._product
+    monkeypatch.setattr(quantised, "_product", lambda *args: calls.append(args[0]) or product(*args))
+    alone = copy.deepcopy(packed)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        linear = getattr(alone, name)
+        own = QuantisedLinear(linear, *pack(linear.weight, 4), 4)
+        alone.set_submodule(name, own)
+    x, y = torch.randn(2, 3, 96).to(torch.bfloat16).unbind()
+    wanted = [[getattr(alone, name)(rows) for name in ("q_proj", "k_proj", "v_proj")] for rows in (x, y)]
+    calls.clear()
+    for _ in range(2):
+        assert all(torch.equal(own(x), other) for own, other in zip((q, k, v), wanted[0], strict=True))
+    assert len(calls) == 2, "once for the three, and once more the next time"
+    # Others come between: another input, or only one of the three.
+    assert torch.equal(q(x), wanted[0][0])
+    assert torch.equal(q(y), wanted[1][0])
+    assert torch.equal(k(x), wanted[0][1])
+    assert torch.equal(v(y), wanted[1][2])
+    assert q(x).shape == (3, 192)
+
+
+@torch.no_grad()
+def test_joined_linears_in_many_threads_give_what_each_gives_alone() -> None:
+    _, packed = siblings()
+    inputs = [torch.randn(1, 1, 96).to(torch.bfloat16) for _ in range(8)]
+    names = ("q_proj", "k_proj", "v_proj")
+    wanted = [[getattr(packed, name)(x).clone() for name in names] for x in inputs]
+
+    def same(number: int) -> bool:
+        with torch.no_grad():
+            found = [getattr(packed, name)(inputs[number % 8]) for name in names]
+            return all(torch.equal(one, other) for one, other in zip(found, wanted[number % 8], strict=True))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(same, range(400)))
 
 
 def test_what_was_asked_for_and_cannot_be_says_what_to_do(folder: Path) -> None:
