@@ -83,7 +83,7 @@ function renderQueues() {
 // -- disk --------------------------------------------------------------------------------------------------------
 
 const PARTS = { kernels: "Checkpoints of kernels", cartridges: "Cartridges", distillation: "Distillation runs", database: "Database" };
-const TONES = { kernels: "sea", cartridges: "gold", distillation: "olive", database: "ink" }; // not clay, which warns;
+const TONES = { kernels: "sea", cartridges: "gold", distillation: "olive", database: "ink" }; // clay is for warnings
 
 function renderDisk() {
   const { disk } = told;
