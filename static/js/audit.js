@@ -21,6 +21,7 @@ let asked = fromAddress();
 let trail = []; // where the pages before this one began
 let before = null;
 let nextBefore = null;
+let reading = 0; // of several answers only that to the newest question is shown
 
 function fromAddress() {
   const query = new URLSearchParams(location.search);
@@ -100,16 +101,19 @@ function render({ entries, actors, actions }) {
 // -- wiring ------------------------------------------------------------------------------------------------------
 
 async function read() {
+  const number = ++reading;
   const query = new URLSearchParams({ limit: PAGE });
   for (const name of ["actor", "action", "target"]) if (asked[name]) query.set(name, asked[name]);
   if (Number(asked.when) > 0) query.set("since", Math.floor(Date.now() / 1000 - Number(asked.when)));
   if (before !== null) query.set("before", before);
   try {
     const page = await api.get(`/olympus/audit?${query}`);
+    if (number !== reading) return;
     nextBefore = page.next_before;
     byId("page-error").hidden = true;
     render(page);
   } catch (error) {
+    if (number !== reading) return;
     byId("page-error").hidden = false;
     byId("page-error").textContent = error.status === 403 ? "The audit log is shown to administrators only: sign in with a key that has the scope admin." : `Not up to date: ${error.message}`;
   }

@@ -17,6 +17,9 @@ let cartridges = [];
 let runs = [];
 let schedule = { domains: [], presets: [], automatic: false, next_look: null, working: false };
 let loaded = false;
+let refreshing = 0; // of several answers only that to the newest question counts
+let tellings = 0;
+const toldAt = new Map(); // run id -> the number of its newest telling
 let wanted = readAddress();
 let metrics = null; // of the run that is shown
 let shown = { id: null, attempts: 0 };
@@ -263,6 +266,11 @@ window.addEventListener("popstate", () => {
 });
 
 function mergeRun(data) {
+  toldAt.set(data.id, ++tellings);
+  placeRun(data);
+}
+
+function placeRun(data) {
   const place = runs.findIndex((item) => item.id === data.id);
   if (place < 0) runs.unshift(data);
   else runs[place] = data;
@@ -279,11 +287,20 @@ async function readHistory() {
   counts = new Map(known.map((item) => [item.domain, item.experiences]));
 }
 
+/** A list of runs; those that were told of one by one since it was asked for (`before`) are newer than it. */
+function takeRuns(list, before) {
+  const newer = runs.filter((item) => (toldAt.get(item.id) ?? 0) > before).reverse();
+  runs = list;
+  for (const item of newer) placeRun(item);
+}
+
 async function refresh() {
+  const [number, before] = [++refreshing, tellings];
+  const newest = (take) => (page) => { if (number === refreshing) take(page); };
   const results = await Promise.allSettled([
-    api.get("/olympus/cartridges?deleted=true").then((page) => { cartridges = page.cartridges; }),
-    api.get("/olympus/distillation/schedule").then((page) => { schedule = page; }),
-    api.get(`/olympus/distillation/runs?limit=${RUNS}`).then((page) => { runs = page.runs; }),
+    api.get("/olympus/cartridges?deleted=true").then(newest((page) => { cartridges = page.cartridges; })),
+    api.get("/olympus/distillation/schedule").then(newest((page) => { schedule = page; })),
+    api.get(`/olympus/distillation/runs?limit=${RUNS}`).then(newest((page) => takeRuns(page.runs, before))),
     readHistory(),
   ]);
   const failed = results.slice(0, 3).find((result) => result.status === "rejected");

@@ -191,11 +191,15 @@ const ACTIONS = [
 
 function renderActions() {
   const box = byId("kernel-actions");
-  replace(box, [kernel.state, kernel.last_checkpoint !== null], () => [
+  const focused = box.contains(document.activeElement) ? document.activeElement.textContent : null;
+  const drawn = replace(box, [kernel.state, kernel.last_checkpoint !== null], () => [
     ...ACTIONS.filter(({ when }) => when.includes(kernel.state)).map(({ name, label }) => h("button", { class: "button", type: "button", onclick: () => act(name, label) }, label)),
     kernel.last_checkpoint === null ? null : h("a", { class: "button", href: `${path}/export?include=training`, download: "" }, "Download"),
     h("button", { class: "button", type: "button", dataset: { kind: "danger" }, onclick: askDelete }, "Delete"),
   ]);
+  if (!drawn || focused === null) return;
+  const buttons = [...box.children]; // who steers by keyboard goes on where they were, or at what came in its place
+  (buttons.find((one) => one.textContent === focused) ?? buttons[0]).focus({ preventScroll: true });
 }
 
 async function act(name, label) {

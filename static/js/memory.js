@@ -20,6 +20,8 @@ let trail = []; // where the pages before this one began
 let before = null;
 let chosen = null;
 let asked = { q: "" }; // what the list answers
+let questions = 0; // of the reader
+let reading = 0; // of several answers only that to the newest question is shown
 
 // -- the list ----------------------------------------------------------------------------------------------------
 
@@ -41,28 +43,32 @@ function notice(text) {
 
 /** Ask for what `asked` says; a search that cannot be answered becomes browsing, with the reason above it. */
 async function read() {
+  const number = ++reading;
+  const current = () => number === reading;
   notice("");
   byId("newest").hidden = true;
   for (const name of ["q", "domain", "session", "judged"]) byId(FIELDS[name]).disabled = Boolean(asked.cartridge);
-  if (asked.cartridge) return taught();
+  if (asked.cartridge) return taught(current);
   if (asked.q) {
     try {
-      await search();
+      await search(current);
       return;
     } catch (error) {
+      if (!current()) return;
       if (error.code !== "memory_disabled") throw error;
       notice("Search is switched off on this server: memory.episodic.enabled is false. Below is the history as it came, newest first.");
     }
   } else if (asked.judged) notice("To see only what was judged good, ask a question, too.");
-  await browse();
+  await browse(current);
 }
 
-async function search() {
+async function search(current) {
   const query = new URLSearchParams({ q: asked.q, limit: FOUND });
   if (asked.domain) query.set("domain", asked.domain);
   if (asked.session) query.set("session", asked.session);
   if (asked.judged) query.set("min_score", asked.judged);
   const told = await api.get(`/olympus/memory/search?${query}`);
+  if (!current()) return;
   items = told.results;
   nextBefore = null;
   if (!told.complete) notice("Older experiences are still being read, so more may be found in a moment.");
@@ -72,10 +78,11 @@ async function search() {
 }
 
 /** What a cartridge was trained on; the other filters do not apply. */
-async function taught() {
+async function taught(current) {
   const query = new URLSearchParams({ limit: PAGE });
   if (before !== null) query.set("before", before);
   const page = await api.get(`/olympus/cartridges/${encodeURIComponent(asked.cartridge)}/experiences?${query}`);
+  if (!current()) return;
   items = page.experiences;
   nextBefore = page.next_before;
   const [from, left] = [trail.length * PAGE, page.total - page.forgotten];
@@ -84,12 +91,13 @@ async function taught() {
   render(trail.length > 0 ? "No older ones." : page.total === 0 ? "It was not trained on this history, so nothing is known of it." : "All that it was trained on is forgotten.");
 }
 
-async function browse() {
+async function browse(current) {
   const query = new URLSearchParams({ limit: PAGE });
   if (asked.domain) query.set("domain", asked.domain);
   if (asked.session) query.set("session", asked.session);
   if (before !== null) query.set("before", before);
   const page = await api.get(`/olympus/history?${query}`);
+  if (!current()) return;
   items = page.experiences;
   nextBefore = page.next_before;
   const all = domains.filter((item) => !asked.domain || item.domain === asked.domain).reduce((sum, item) => sum + item.experiences, 0);
@@ -116,6 +124,7 @@ function complain(error) {
 }
 
 async function ask(push = true) {
+  questions += 1;
   asked = fields();
   [trail, before] = [[], null];
   if (push) history.pushState(null, "", address());
@@ -233,9 +242,11 @@ async function refresh() {
 
 async function fromAddress() {
   const query = new URLSearchParams(location.search);
-  await readChoices({ domain: query.get("domain") ?? "", session: query.get("session") ?? "", cartridge: query.get("cartridge") ?? "" });
+  const begun = questions;
   byId("search-q").value = query.get("q") ?? "";
   byId("search-judged").value = query.get("judged") ?? "";
+  await readChoices({ domain: query.get("domain") ?? "", session: query.get("session") ?? "", cartridge: query.get("cartridge") ?? "" });
+  if (questions !== begun) return readStatus(); // the reader was quicker and has asked something else
   chosen = Number(query.get("id")) || null;
   asked = fields();
   [trail, before] = [[], null];

@@ -6,13 +6,14 @@ installation), then a chat, then a kernel, then the pictures of all that.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any
 
 import pytest
 from playwright.sync_api import TimeoutError
 
-pytestmark = [pytest.mark.browser, pytest.mark.model]
+pytestmark = [pytest.mark.browser, pytest.mark.model, pytest.mark.timeout(600)]
 # Enough held-out bytes that Phi can be measured (1,280 state pairs), few enough to learn in seconds.
 TOPICS = {
     "delivery": ["parcel", "package", "letter", "shipment", "courier", "box", "order", "delivery", "crate"],
@@ -48,7 +49,7 @@ def test_overview_explains_an_empty_installation(watched):
     assert page.locator(".steps > li").count() == 3
     assert watched.server.url in page.locator("#curl-command").inner_text()
     watched.until_live()
-    assert page.locator("#checks li").count() >= 3
+    page.locator("#checks li").nth(2).wait_for()
     assert page.locator("h1").count() == 1
     assert page.locator("main, header, footer, nav").count() == 4
     page.wait_for_timeout(800)
@@ -75,7 +76,8 @@ def test_chat_streams_an_answer_that_becomes_an_experience(watched):
     answer = page.locator(".turn[data-role=assistant]")
     answer.locator(".became").wait_for(timeout=90_000)
     assert "Paris" in answer.locator(".turn-body").inner_text()
-    assert len(set(page.evaluate("window.lengths"))) > 3, "the answer came in one piece"
+    # Nothing, some of it, all of it: how much more a browser draws between is a matter of speed.
+    assert len(set(page.evaluate("window.lengths"))) > 2, "the answer came in one piece"
     assert re.search(r"[\d.]+ tokens/s", answer.locator(".turn-foot").inner_text())
     number = int(re.search(r"#(\d+)", answer.locator(".became").inner_text()).group(1))
     assert any(item["id"] == number for item in watched.server.get("/olympus/history?limit=5")["experiences"])
@@ -96,14 +98,13 @@ def test_stop_ends_an_answer(watched):
     for asked in range(1, 5):  # a small model may end by itself before anybody can stop it
         page.fill("#prompt", "Tell a very long story about a ship and its crew, with many chapters.")
         page.keyboard.press("Enter")
-        watched.until(f"{turns}.length === {asked} && {turns}[{asked - 1}].textContent.length > 10")
-        try:
-            page.locator("#stop").click(timeout=2000)
+        watched.until(f"{turns}.length === {asked} && {turns}[{asked - 1}].textContent.length > 10", 60)
+        with contextlib.suppress(TimeoutError):
+            page.locator("#stop").click(timeout=10_000)
+        page.locator("#send").wait_for(timeout=90_000)
+        answer = page.locator(".turn[data-role=assistant]").last
+        if "stopped by you" in answer.locator(".turn-foot").inner_text():
             break
-        except TimeoutError:
-            page.locator("#send").wait_for()
-    page.locator("#send").wait_for()
-    answer = page.locator(".turn[data-role=assistant]").last
     written = answer.locator(".turn-body").inner_text()
     page.wait_for_timeout(1000)
     assert answer.locator(".turn-body").inner_text() == written
@@ -119,14 +120,15 @@ def test_spawn_a_kernel_and_watch_it_learn(watched):
     watched.until(f"document.getElementById('spawn-data-count').textContent === '{len(PAIRS)} examples'")
     page.get_by_role("button", name="Spawn").click()
     page.wait_for_url("**/kernels/apollo-*")
-    page.locator("#loss-chart canvas").wait_for(timeout=90_000)
+    page.locator("#loss-chart canvas").wait_for(timeout=120_000)
     # The page is never reloaded: the step count grows by the stream alone.
     summary = "document.getElementById('loss-summary').textContent"
     steps = f"Number({summary}.match(/over ([\\d,]+) steps/)?.[1].replace(',', '') ?? 0)"
     first = page.evaluate(steps)
-    watched.until(f"{steps} > {first + 20}", 90)
-    watched.until(f"{summary}.includes('against')", 90)
+    watched.until(f"{steps} > {first + 20}", 120)
+    watched.until(f"{summary}.includes('against')", 120)
     conditions = page.locator("#conditions > li")
+    conditions.nth(4).wait_for()  # they come with the next look at the state
     assert conditions.count() == 5
     for line in conditions.all():  # each with its mark, its number or why there is none, what it asks for, and why
         assert line.locator(".condition-mark").get_attribute("data-met") in ("true", "false", "null")
@@ -159,11 +161,11 @@ def test_delete_asks_first(watched):
     page = watched.open(f"/kernels/{made['kernel']['kernel_id']}")
     page.get_by_role("button", name="Delete").first.click()
     page.get_by_role("button", name="Keep it").click()
-    assert page.locator("dialog[open]").count() == 0
+    page.locator("dialog[open]").wait_for(state="detached")
     page.get_by_role("button", name="Delete").first.click()
     page.locator("dialog button[value=delete]").click()
     page.wait_for_url("**/kernels")
-    page.locator("#kernel-table tbody tr").first.wait_for()
+    page.locator("#kernel-table tbody th").first.wait_for()
     assert "hermes" not in page.locator("#kernel-table").inner_text()
 
 
@@ -205,7 +207,7 @@ def test_spawn_by_keyboard_from_the_example(watched):
     page.keyboard.press("Enter")
     page.wait_for_url("**/kernels/artemis-*")
     summary = "document.getElementById('loss-summary').textContent"
-    watched.until(f"/over [0-9,]+ steps/.test({summary})", 90)
+    watched.until(f"/over [0-9,]+ steps/.test({summary})", 120)
     watched.tab_to("#query-input")
     page.keyboard.type("where is my parcel?")
     watched.tab_to("#query-candidates")
@@ -225,7 +227,7 @@ def test_an_unknown_kernel_says_so(watched):
     watched.open("/kernels/nobody-000000")
     watched.until("/no such kernel/i.test(document.body.textContent)")
     # The browser itself logs 404 answers; they are the point here.
-    watched.complaints[:] = [text for text in watched.complaints if "404" not in text]
+    watched.expected.append("404")
 
 
 def _has_learned(server: Any) -> bool:
@@ -234,6 +236,7 @@ def _has_learned(server: Any) -> bool:
     return measured and kernel["holdout_loss"] < kernel["baseline_loss"] and kernel["step"] >= 200
 
 
+@pytest.mark.timeout(900)
 def test_screenshots(watched):
     session = next(s for s in watched.server.get("/olympus/sessions")["sessions"] if "capital" in s["title"])
     page = watched.open(f"/chat?session={session['id']}")
@@ -244,7 +247,7 @@ def test_screenshots(watched):
     page.locator(".parameters summary").click()
     page.fill("#prompt", "Name three things to see there, as a list.")
     page.keyboard.press("Enter")
-    page.locator(".became").nth(1).wait_for(timeout=90_000)
+    page.locator(".became").nth(1).wait_for(timeout=180_000)
     page.wait_for_timeout(500)
     watched.save("chat")
     page = watched.open(f"/chat?session={session['id']}", width=360, height=740)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.e2e.conftest import Dashboard, Watched
 
-pytestmark = [pytest.mark.browser, pytest.mark.model]
+pytestmark = [pytest.mark.browser, pytest.mark.model, pytest.mark.timeout(600)]
 
 PORTS = {"Athens": "Piraeus", "Rome": "Ostia", "Sparta": "Gytheio", "Corinth": "Lechaion"}
 ERRANDS = ["where is my parcel?", "my card was charged twice", "I cannot sign in", "the invoice is wrong"]
@@ -35,7 +35,7 @@ def lived_through(server: Dashboard) -> None:
     kernel = server.post("/olympus/kernels/spawn", {"domain": "errands", "train": False})["kernel"]["kernel_id"]
     server.json("POST", f"/olympus/kernels/{kernel}/stop", headers=ours)
     run = server.post("/olympus/distillation/runs", {"domain": "errands"})
-    server.json("POST", f"/olympus/distillation/runs/{run['id']}/cancel", headers=ours)
+    server.client.post(f"/olympus/distillation/runs/{run['id']}/cancel", headers=ours)  # it may have ended by itself
     question = {"messages": [{"role": "user", "content": "Which port lies next to Athens?"}], "max_tokens": 32}
     server.json("POST", "/v1/chat/completions", json=question, headers=ours)
 
@@ -136,9 +136,8 @@ def test_the_configuration_says_where_each_value_comes_from(watched: Watched) ->
     page.keyboard.press("Delete")
     watched.tab_to("#configuration-form input[type=radio]")
     page.keyboard.press("ArrowRight")
-    shown = page.locator(".config-table tbody tr")
-    assert shown.count() >= 3
-    assert all(row.get_attribute("data-set") == "true" for row in shown.all())
+    watched.until("[...document.querySelectorAll('.config-table tbody tr')].every((row) => row.dataset.set === 'true')")
+    assert page.locator(".config-table tbody tr").count() >= 3
 
 
 def test_jobs_are_run_at_once_and_say_how_it_went(watched: Watched) -> None:
@@ -148,8 +147,8 @@ def test_jobs_are_run_at_once_and_say_how_it_went(watched: Watched) -> None:
     watched.until_live()
     assert "It is called every minute" in job.locator(".job-clock").inner_text()
     _press(watched, ".job[data-key=coverage] button")
+    page.locator(".toast").get_by_text("Look for badly served domains").wait_for()  # first: it goes away by itself
     job.locator(".outcomes").get_by_text("by hand, on this machine").first.wait_for()
-    page.locator(".toast").get_by_text("Look for badly served domains").wait_for()
     watched.until("document.activeElement.closest('.job')?.dataset.key === 'coverage'")
 
     domain = page.locator(".domain", has=page.locator("h3", has_text=re.compile("^travel$")))
@@ -162,7 +161,7 @@ def test_jobs_are_run_at_once_and_say_how_it_went(watched: Watched) -> None:
     assert "hand" in row.inner_text()
     path = f"/olympus/distillation/runs/{row.get_attribute('data-key')}/cancel"
     watched.server.client.post(path, headers={"Origin": watched.server.url})  # it may have ended by itself
-    row.get_by_text(re.compile("^(cancelled|skipped|rejected)$")).wait_for(timeout=60_000)  # told by the stream
+    row.get_by_text(re.compile("^(cancelled|skipped|rejected)$")).wait_for(timeout=120_000)  # told by the stream
     domain.get_by_text(re.compile("^last: ")).wait_for()
 
 
@@ -170,7 +169,7 @@ def test_the_system_is_live(watched: Watched) -> None:
     page = watched.open("/system")
     page.locator("#spark-cpu .spark-line").wait_for()
     watched.until_live()
-    watched.until("document.querySelector('#spark-memory .spark-line').getAttribute('d').length > 10", 20)
+    watched.until("document.querySelector('#spark-memory .spark-line').getAttribute('d').length > 10")
     before = page.locator("#spark-memory .spark-line").get_attribute("d")
     assert re.search(r"with [\d.]+ [MG]B of memory", page.locator("#system-lede").inner_text())
     assert page.locator("#queues > li").count() == 7
@@ -181,7 +180,7 @@ def test_the_system_is_live(watched: Watched) -> None:
     _press(watched, "#load-twin summary")
     page.locator("#load-table tbody tr").first.wait_for()
     line = f"document.querySelector('#spark-memory .spark-line').getAttribute('d') !== '{before}'"
-    watched.until(line, 20)  # a sample came by the stream; nothing was reloaded
+    watched.until(line, 60)  # a sample came by the stream; nothing was reloaded
 
 
 def test_the_audit_log_is_filtered_and_turned(watched: Watched) -> None:
@@ -222,11 +221,11 @@ def test_who_may_not_see_it_is_told_so(watched: Watched) -> None:
     problem = {"status": 403, "content_type": "application/problem+json", "body": '{"detail": "this key lacks admin"}'}
     watched.page.route("**/olympus/keys", lambda route: route.fulfill(**problem))
     watched.page.route("**/olympus/audit?*", lambda route: route.fulfill(**problem))
+    watched.expected.append("403")  # the browser's own line
     for path in ("/settings", "/audit"):
         page = watched.open(path)
         page.locator("#page-error").get_by_text("administrators only").wait_for()
     assert page.locator("nav a[aria-current=page]").inner_text() == "Audit log"
-    watched.complaints[:] = [text for text in watched.complaints if "403" not in text]  # the browser's own line
 
 
 @pytest.mark.parametrize("path", ["/system", "/scheduler", "/settings", "/audit"])

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from settings import ROOT
 
 SMALL = (
@@ -22,6 +24,7 @@ SMALL = (
 )
 
 
+@pytest.mark.timeout(660)
 def test_an_agent_lives_is_distilled_and_answers_with_it(tmp_path: Path) -> None:
     told = tmp_path / "cycle.json"
     command = [sys.executable, "-m", "cli.main", "distill", "cycle", "--episodes", "12", "--examine", "4"]

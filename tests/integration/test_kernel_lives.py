@@ -77,6 +77,7 @@ def banking_messages() -> list[tuple[str, str]]:
     return chosen[:MESSAGES]
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(not BANKING.exists(), reason="the banking77 messages are not here; set OLYMPUS_SHARED_DATA")
 def test_a_kernel_learns_real_intents_and_its_shuffled_control_does_not(
     home: Home, capsys: pytest.CaptureFixture[str]
@@ -116,7 +117,7 @@ def _train_until(home: Home, kernels: dict[str, str], begun: float) -> list[floa
     """Query while both train; returns the latencies in milliseconds."""
     latencies: list[float] = []
     while min(home.zeus.status(kernel)["step"] for kernel in kernels.values()) < STEPS:
-        assert time.monotonic() - begun < 240, "training is far too slow"
+        assert time.monotonic() - begun < 800, "training is far too slow"
         asked = time.perf_counter()
         home.zeus.query(kernels["athena"], QueryRequest(input="where is my card", candidates=INTENTS))
         latencies.append((time.perf_counter() - asked) * 1000)

@@ -48,7 +48,7 @@ def test_what_is_said_in_other_words_is_recalled(model: MiniLM, tmp_path: Path) 
         database, history, EpisodicOptions(), default_domain="general", embedding=model, embedding_width=384
     )
     memory.start()
-    assert memory.wait_until_settled(30)
+    assert memory.wait_until_settled(60)
     (found,) = memory("Where does our little cat like to rest?", session=None, domain=None, limit=4)
     assert found.text.startswith("My kitten")
     assert found.embedding is not None

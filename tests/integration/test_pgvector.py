@@ -54,7 +54,7 @@ def test_it_is_found_filtered_and_forgotten_as_with_faiss(database: Database) ->
     memory = _memory(database, history)
     first, second = _tell(history, "herring is a fish", "herring is cheap")
     (other,) = _tell(history, "herring elsewhere", domain="bank")
-    assert memory.wait_until_settled(20)
+    assert memory.wait_until_settled(60)
     assert str(memory.status()["index"]).startswith("pgvector")
     assert [item.experience.id for item in memory.search("herring is a fish", limit=1)] == [first]
     query = Letters().embed(["herring is a fish"])[0]
@@ -67,14 +67,14 @@ def test_it_is_found_filtered_and_forgotten_as_with_faiss(database: Database) ->
     with database.read() as session:
         held = set(session.scalars(sa.text("SELECT experience_id FROM episodic.vectors_32")))
     assert held == {second, other}, "gone with the tombstone, before the index heard of it"
-    assert memory.wait_until_settled(20)
+    assert memory.wait_until_settled(60)
     memory.stop()
     memory.check_invariants()
     again = _memory(database, history)
     assert {item.experience.id for item in again.search("herring")} <= {second, other}
-    assert again.wait_until_settled(20)
+    assert again.wait_until_settled(60)
     _tell(history, "herring again")  # something to embed, so that the embedding is opened
-    assert again.wait_until_settled(20)
+    assert again.wait_until_settled(60)
     assert again.status()["vectors"] == 3
     again.stop()
     again.check_invariants()
@@ -120,7 +120,7 @@ def test_without_the_extension_vectors_are_searched_here(postgres_url: str) -> N
         PgVectorIndex(database, "letters", 32, 100)
     memory = _memory(database, history)
     (known,) = _tell(history, "herring is a fish")
-    assert memory.wait_until_settled(20)
+    assert memory.wait_until_settled(60)
     assert memory.status()["index"] == "faiss, exact"
     assert [item.experience.id for item in memory.search("herring")] == [known]
     history.delete(experience_id=known)

@@ -115,10 +115,11 @@ def test_an_unreachable_server_is_a_clear_error() -> None:
 
 
 def test_a_run_is_not_both_ended_and_cancelled(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = runs._row
+    read, has_read = runs._row, threading.Event()
 
     def slow(session: Any, run_id: str) -> Any:
         found = read(session, run_id)
+        has_read.set()
         time.sleep(0.2)  # between reading a state and changing it
         return found
 
@@ -133,7 +134,7 @@ def test_a_run_is_not_both_ended_and_cancelled(database: Database, monkeypatch: 
 
     threads = [threading.Thread(target=cancel), threading.Thread(target=store.finish, args=(run_id, "me", "promoted"))]
     threads[1].start()
-    time.sleep(0.05)
+    assert has_read.wait(30)
     threads[0].start()
     for thread in threads:
         thread.join()

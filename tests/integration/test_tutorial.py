@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from settings import ROOT
 from tests.support.server import running
 from tests.support.tiny_model import save_tiny_model
@@ -15,6 +17,7 @@ from tests.support.tiny_model import save_tiny_model
 PAGE = (ROOT / "docs" / "cartridge-tutorial.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.timeout(900)
 def test_every_command_of_the_tutorial(tmp_path: Path) -> None:
     blocks = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     assert len(blocks) > 8
@@ -41,7 +44,7 @@ def test_every_command_of_the_tutorial(tmp_path: Path) -> None:
             "PYTHONPATH": str(ROOT),
         }
         done = subprocess.run(
-            ["bash", "-c", script], cwd=folder, env=own, capture_output=True, text=True, timeout=300, check=False
+            ["bash", "-c", script], cwd=folder, env=own, capture_output=True, text=True, timeout=600, check=False
         )
     told = f"{done.stdout}\n{done.stderr}\n{server.log}"
     assert done.returncode == 0, told

@@ -156,7 +156,7 @@ def test_a_client_that_leaves_stops_the_generation(client: openai.OpenAI, server
     for _ in range(3):
         next(stream)
     stream.close()
-    for _ in range(100):
+    for _ in range(300):
         if server.json("GET", "/olympus/status")["admission"]["chats"] == 0:
             break
         threading.Event().wait(0.1)

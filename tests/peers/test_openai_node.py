@@ -87,7 +87,7 @@ def test_errors_are_the_clients_own(seen: dict[str, Any]) -> None:
 
 
 def test_leaving_ends_the_generation(seen: dict[str, Any], server: Server) -> None:
-    for _ in range(100):
+    for _ in range(300):
         if server.json("GET", "/olympus/status")["admission"]["chats"] == 0:
             break
         threading.Event().wait(0.1)

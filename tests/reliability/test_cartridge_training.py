@@ -42,9 +42,9 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=quiet, stderr=quiet)
 
 
-def newest(folder: Path) -> str:
-    """The name of the newest checkpoint, empty where there is none."""
-    return max((path.name for path in (folder / "state").glob("step-*")), default="")
+def newest(folder: Path) -> int:
+    """The step of the newest checkpoint, 0 where there is none."""
+    return max((int(path.name.removeprefix("step-")) for path in (folder / "state").glob("step-*")), default=0)
 
 
 def log(folder: Path) -> list[dict[str, Any]]:
@@ -58,10 +58,10 @@ def test_killed_runs_end_like_others(tmp_path: Path) -> None:
     chance, killed = random.Random(SEED), 0
     for _ in range(KILLS):
         process = start(cut)
-        before = newest(cut)
-        while process.poll() is None and newest(cut) == before:
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0.0, 0.5))
+        wanted = newest(cut) + chance.randrange(2, 24)  # in steps: a fast machine must not come to the end meanwhile
+        while process.poll() is None and newest(cut) < wanted:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0.0, 0.02))
         killed += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()

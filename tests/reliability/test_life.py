@@ -55,7 +55,7 @@ def test_sigterm_with_open_streams_and_a_trainer_flushes(smollm2: object, tmp_pa
         step = _wait_for_step(server, kernel, 5)
         seconds = server.terminate()
         for watcher in watchers:
-            watcher.join(10)
+            watcher.join(30)
     finally:
         server.stop()
     assert server.process.returncode == 0, server.log
@@ -68,7 +68,7 @@ def test_sigterm_with_open_streams_and_a_trainer_flushes(smollm2: object, tmp_pa
 
 
 def _wait_for_step(server: Server, kernel: str, step: int) -> int:
-    for _ in range(600):
+    for _ in range(1500):
         status = server.json("GET", f"/olympus/kernels/{kernel}/status")
         if status["step"] >= step:
             return int(status["step"])
@@ -114,7 +114,7 @@ def test_a_bad_configuration_is_one_clear_message(tmp_path: Path, environ: dict[
 
 def test_an_unknown_model_is_told_where_people_look(tmp_path: Path) -> None:
     with running(tmp_path, {"OLYMPUS_MODEL__NAME": "no-such-model"}, ready=False) as server:
-        for _ in range(300):
+        for _ in range(600):
             response = server.client.get("/readyz")
             if "failed" in response.text:
                 break
@@ -137,7 +137,7 @@ def test_a_reload_hands_the_data_directory_over(tmp_path: Path) -> None:
             server.process.send_signal(signal.SIGHUP)
             for _ in lines:  # until the old worker ends it
                 pass
-        for _ in range(300):
+        for _ in range(900):
             try:
                 now = server.client.get("/olympus/status").json()["pid"]
             except (httpx.TransportError, json.JSONDecodeError, KeyError):
@@ -146,6 +146,7 @@ def test_a_reload_hands_the_data_directory_over(tmp_path: Path) -> None:
                 break
             threading.Event().wait(0.1)
         assert now != before, server.log
+        server.wait_ready()  # it answers before it has taken over
         assert server.json("GET", "/readyz")["status"] == "ready"
 
 

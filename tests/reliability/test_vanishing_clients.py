@@ -64,7 +64,7 @@ def test_nothing_stays_of_clients_that_vanish(tmp_path: Path) -> None:
 def at_rest(server: Server) -> dict[str, Any]:
     """The server's own account, once it is idle; the last one that it gave when it does not become so."""
     pause, told = threading.Event(), {}
-    for _ in range(150):
+    for _ in range(600):
         told = server.json("GET", "/olympus/status")
         busy = told["admission"]["chats"] + told["admission"]["streams"] + told["engine"]["active"]
         if busy == 0 and told["engine"]["waiting"] == 0:
