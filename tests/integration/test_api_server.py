@@ -212,8 +212,9 @@ def test_another_name_is_not_answered_and_each_request_is_one_line(server: Serve
 
 def test_a_key_is_needed_beyond_this_machine(tmp_path: Path) -> None:
     key = "a-bootstrap-key-of-some-length"
-    environ = {"OLYMPUS_MODEL__LOAD": "false", "OLYMPUS_SERVER__HOST": "0.0.0.0", "OLYMPUS_SERVER__API_KEY": key}
-    with running(tmp_path, environ) as server:
+    with running(tmp_path, {"OLYMPUS_MODEL__LOAD": "false", "OLYMPUS_SERVER__API_KEY": key}) as server:
+        assert server.client.get("/olympus/kernels").status_code == 200
+        server.client.headers["X-Forwarded-For"] = "192.0.2.7"  # a proxy on this machine says who asks
         assert server.client.get("/olympus/kernels").status_code == 401
         assert server.client.get("/olympus/kernels", headers={"Authorization": f"Bearer {key}"}).status_code == 200
         assert server.client.get("/").headers["Location"] == "/login?next=%2F"
