@@ -62,11 +62,11 @@ class ServerSettings(_Section):
 
     host: str = Field("127.0.0.1", description="Address to listen on. Beyond loopback an API key must exist.")
     port: int = Field(5000, ge=0, le=65535, description="TCP port; also read from PORT. 0 lets the system choose.")
-    threads: int = Field(64, ge=16, le=1024, description="Request threads of the one worker.")
+    threads: int = Field(96, ge=16, le=1024, description="Request threads of the one worker.")
     grace_seconds: float = Field(25.0, gt=1, le=600, description="From SIGTERM to the last flush, in seconds.")
     max_body_bytes: int = Field(1 << 20, ge=1024, description="Largest accepted request body, in bytes.")
     max_chats: int = Field(16, ge=1, description="Chat requests admitted at once; further ones get 429.")
-    max_streams: int = Field(32, ge=1, description="Dashboard event streams admitted at once.")
+    max_streams: int = Field(64, ge=1, description="Dashboard event streams admitted at once.")
     allowed_hosts: tuple[str, ...] = Field((), description="Extra Host header names that are accepted.")
     trusted_proxies: int = Field(0, ge=0, le=8, description="Proxies in front whose X-Forwarded-* is believed.")
     api_key: SecretStr | None = Field(None, description="A bootstrap administrator key, e.g. from a secret store.")

@@ -59,6 +59,12 @@ class KernelRows:
         with self._database.read() as session:
             return [_record(row) for row in session.scalars(sa.select(Kernel).order_by(Kernel.created_at, Kernel.id))]
 
+    def states(self) -> dict[str, int]:
+        """How many kernels are in each state; none is not told."""
+        with self._database.read() as session:
+            counted = session.execute(sa.select(Kernel.state, sa.func.count()).group_by(Kernel.state))
+            return {state: count for state, count in counted}
+
     def get(self, kernel_id: str) -> KernelRecord:
         """One kernel. Raises ``KernelNotFound``."""
         with self._database.read() as session:

@@ -4,12 +4,8 @@ A trainer calls ``add`` after every step and never touches the database. A row c
 ``flush`` writes the finished windows of all kernels, and the summaries that they complete (``metrics_pyramid``), in
 one transaction: what is stored grows with the logarithm of a kernel's life.
 
-Reading takes the finest level that answers within ``max_points``, and what it cannot say exactly from finer rows: from
-``since`` up to where a row of that level begins, and from where the level ends up to now. So every step after
-``since`` is in exactly one row of the answer, and reading on from ``next_since`` neither repeats nor misses one.
-(When the finer rows at ``since`` are pruned already, the row that ``since`` falls into is given whole.)
-
-Not here: events for the dashboard (``kernel_thread`` publishes the rows that ``flush`` returns).
+Not here: which rows answer (``metrics_reader``), and events for the dashboard (``kernel_thread`` publishes the rows
+that ``flush`` returns).
 """
 
 from __future__ import annotations
@@ -24,7 +20,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from olympus.metrics_pyramid import FANOUT, KEEP, Ladder, Packed, Point, Summary, thin
+from olympus.metrics_pyramid import KEEP, Ladder, Packed, Point, Summary, thin
+from olympus.metrics_reader import Reader
 from storage.database import Database
 from storage.models import MetricPoint
 
@@ -130,25 +127,29 @@ class MetricsStore:
             self._ladders.pop(kernel_id, None)
 
     def read(
-        self, kernel_id: str, since: int | None = None, max_points: int = 2000, *, spread: bool = False
+        self,
+        kernel_id: str,
+        since: int | None = None,
+        max_points: int = 2000,
+        *,
+        columns: Sequence[str] = COLUMNS,
+        spread: bool = False,
     ) -> dict[str, Any]:
-        """Columns of equal length after step ``since``: means over the steps of each row, null where not measured.
+        """``columns`` of equal length after step ``since``: means over the steps of each row, null where not measured.
 
         With ``spread``, also ``first_step`` of each row, and ``min``, ``max`` and ``last`` of each column. ``level``
         says how far it is summarised (0: as measured). ``next_since`` is what to pass next time; it equals ``since``
         when nothing is new.
         """
-        with self._flushing:
-            if kernel_id not in self._ladders:
-                with self._database.write() as session:
-                    self._ladder(session, kernel_id)
+        if kernel_id not in self._ladders:  # asked without the lock: a reader need not wait until a flush is on disk
+            with self._flushing, self._database.write() as session:
+                self._ladder(session, kernel_id)
         with self._database.read() as session:
-            reader = _Reader(session, kernel_id)
-            level, points = reader.cover(-1 if since is None else since, max_points)
+            level, points = Reader(session, kernel_id, columns).cover(-1 if since is None else since, max_points)
         if len(points) > max_points:
             points = thin(points, max_points)
         newest = points[-1].step if points else since
-        return {"kernel_id": kernel_id, **_columns(points, spread), "level": level, "next_since": newest}
+        return {"kernel_id": kernel_id, **_columns(points, columns, spread), "level": level, "next_since": newest}
 
     def check_invariants(self) -> None:
         """Every open window holds at least one step, and the ladders are sound."""
@@ -189,70 +190,10 @@ class MetricsStore:
         return ladder
 
 
-class _Reader:
-    """Chooses the rows of one answer, within one read transaction."""
-
-    def __init__(self, session: Session, kernel_id: str):
-        self._session = session
-        self._kernel_id = kernel_id
-        mine = MetricPoint.kernel_id == kernel_id
-        self.top = session.scalar(sa.select(sa.func.max(MetricPoint.level)).where(mine)) or 0
-
-    def cover(self, after: int, max_points: int) -> tuple[int, list[Point]]:
-        """Rows that hold each step beyond ``after`` once, mostly of one level, and that level."""
-        level = self._level_for(after, max_points)
-        rows: list[Point] = []
-        position = after
-        for lower in range(level):  # up to where a row of the next level begins
-            above = self._first(lower + 1, position)
-            if above is None:
-                break  # everything newer is on the levels below: the descent finds it
-            if above.first > position:
-                continue
-            finer = self._rows(lower, position, above.step)
-            whole = bool(finer) and finer[0].first <= position + 1
-            rows += finer if whole else [above]
-            position = above.step
-        for lower in range(level, -1, -1):  # the level itself, then what it does not summarise yet
-            newer = self._rows(lower, position, None)
-            rows += newer
-            position = newer[-1].step if newer else position
-        return level, rows
-
-    def _level_for(self, after: int, max_points: int) -> int:
-        """The finest level that reaches back to ``after`` and has few enough rows since then."""
-        eldest = self._first(self.top, after)
-        for level in range(self.top):
-            oldest = self._first(level, after)
-            reaches = oldest is not None and (eldest is None or oldest.first <= max(after + 1, eldest.first))
-            spare = max_points - 2 * FANOUT * level  # the ascent and the descent
-            if oldest is None or (reaches and self._count(level, after) <= spare):
-                return level
-        return self.top
-
-    def _count(self, level: int, after: int) -> int:
-        where = (*self._of(level), MetricPoint.step > after)
-        return self._session.scalar(sa.select(sa.func.count()).select_from(MetricPoint).where(*where)) or 0
-
-    def _first(self, level: int, after: int) -> Point | None:
-        found = _points(self._session, self._kernel_id, level, after, limit=1)
-        return found[0] if found else None
-
-    def _rows(self, level: int, after: int, until: int | None) -> list[Point]:
-        return _points(self._session, self._kernel_id, level, after, until)
-
-    def _of(self, level: int) -> tuple[sa.ColumnElement[bool], ...]:
-        return MetricPoint.kernel_id == self._kernel_id, MetricPoint.level == level
-
-
-def _points(
-    session: Session, kernel_id: str, level: int, after: int = 0, until: int | None = None, limit: int | None = None
-) -> list[Point]:
+def _points(session: Session, kernel_id: str, level: int, after: int) -> list[Point]:
     row = MetricPoint
-    query = sa.select(row.first_step, row.step, row.at, row.regime, row.values).order_by(row.step).limit(limit)
+    query = sa.select(row.first_step, row.step, row.at, row.regime, row.values).order_by(row.step)
     query = query.where(row.kernel_id == kernel_id, row.level == level, row.step > after)
-    if until is not None:
-        query = query.where(row.step <= until)
     return [Point(*found) for found in session.execute(query)]
 
 
@@ -292,15 +233,15 @@ def _deletion(kernel_id: str) -> sa.Delete:
     return sa.delete(MetricPoint).where(MetricPoint.kernel_id == kernel_id)
 
 
-def _columns(points: Sequence[Point], spread: bool) -> dict[str, Any]:
+def _columns(points: Sequence[Point], names: Sequence[str], spread: bool) -> dict[str, Any]:
     columns: dict[str, Any] = {"step": [point.step for point in points]}
     rows = [point.values for point in points]
-    for name in COLUMNS:
+    for name in names:
         columns[name] = [_mean(values.get(name)) for values in rows]
     if spread:
         columns["first_step"] = [point.first for point in points]
         for label, place in (("min", 2), ("max", 3), ("last", 4)):
-            columns[label] = {name: [_part(values.get(name), place) for values in rows] for name in COLUMNS}
+            columns[label] = {name: [_part(values.get(name), place) for values in rows] for name in names}
     return columns
 
 

@@ -15,6 +15,7 @@ from olympus.kernel_state import Progress
 
 _INTEGRATION = ("surrogate", "snr_db", "samples", "partition", "reason", "read_out")
 _PLASTICITY = ("dead_units", "units", "eff_rank", "width", "weight_norm")
+_UNMEASURED = asdict(Progress())
 _DIAGNOSIS = ("total_correlation", "o_information", "stochastic_interaction", "mutual_information")
 
 
@@ -90,7 +91,7 @@ def links(kernel_id: str) -> dict[str, str]:
 
 
 def _progress(report: Mapping[str, Any]) -> dict[str, Any]:
-    return {**asdict(Progress()), **report.get("progress", {})}
+    return {**_UNMEASURED, **report.get("progress", {})}
 
 
 def _loss(progress: Mapping[str, Any]) -> dict[str, Any]:

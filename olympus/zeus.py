@@ -31,7 +31,7 @@ from olympus.kernel_rows import KernelRecord, KernelRows, State, Wanted
 from olympus.kernel_state import KernelState
 from olympus.kernel_thread import KernelServices
 from olympus.kernel_transfer import KernelFile, KernelTransfer
-from olympus.metrics_store import MetricsStore
+from olympus.metrics_store import COLUMNS, MetricsStore
 from olympus.query_gate import QueryGate
 from olympus.requests import ALL_DOMAINS, ExperienceIn, ImportRequest, QueryRequest, SpawnRequest
 from olympus.snapshot import SnapshotShelf
@@ -213,13 +213,19 @@ class Zeus:
         return checkpoint_diff.compare(self.checkpoint_store, kernel_id, base, other)
 
     def metrics(
-        self, kernel_id: str, since: int | None = None, max_points: int = 2000, *, spread: bool = False
+        self,
+        kernel_id: str,
+        since: int | None = None,
+        max_points: int = 2000,
+        *,
+        columns: Sequence[str] | None = None,
+        spread: bool = False,
     ) -> dict[str, Any]:
-        """Measured steps after ``since`` as columns of at most ``max_points``; see ``MetricsStore.read``."""
+        """Steps after ``since`` as ``columns`` (None: all) of at most ``max_points``; see ``MetricsStore.read``."""
         self.rows.get(kernel_id)
         if not 1 <= max_points <= MAX_METRIC_POINTS:
             raise InvalidRequest(f"max_points must be 1 to {MAX_METRIC_POINTS}, got {max_points}")
-        return self._metrics.read(kernel_id, since, max_points, spread=spread)
+        return self._metrics.read(kernel_id, since, max_points, columns=columns or COLUMNS, spread=spread)
 
     def query(self, kernel_id: str, request: QueryRequest) -> dict[str, Any]:
         """Ask a kernel; never waits for a training step. Raises ``KernelNotFound`` or ``TooManyQueries``."""

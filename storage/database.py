@@ -48,7 +48,7 @@ class Database:
             self.url,
             poolclass=QueuePool,
             pool_size=8,
-            max_overflow=56,  # never a hard stop below the server's thread count
+            max_overflow=-1,  # the request threads are the limit; a hard stop below it would hold requests up
             connect_args={"timeout": busy_timeout_ms / 1000, "check_same_thread": False},
         )
 

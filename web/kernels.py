@@ -80,7 +80,8 @@ def checkpoint_diff(kernel_id: str, name: str) -> ResponseReturnValue:
 def metrics(kernel_id: str) -> ResponseReturnValue:
     """What was measured, as columns."""
     query = parse_query(MetricsQuery)
-    return jsonify(runtime().zeus.metrics(kernel_id, query.since, query.max_points, spread=query.spread))
+    zeus = runtime().zeus
+    return jsonify(zeus.metrics(kernel_id, query.since, query.max_points, columns=query.columns, spread=query.spread))
 
 
 @blueprint.post("/<kernel:kernel_id>/experiences")

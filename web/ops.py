@@ -7,7 +7,6 @@ import platform
 import threading
 import time
 import tomllib
-from collections import Counter
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
@@ -74,14 +73,20 @@ def status() -> ResponseReturnValue:
             "model": asdict(serving.model_state),
             "engine": _engine(),
             "workspace": serving.workbench.status(),
-            "kernels": dict(Counter(kernel["state"] for kernel in serving.zeus.kernels())),
+            "kernels": serving.zeus.rows.states(),
             "default_domain": serving.settings.kernels.default_domain,
             "history": {"count": serving.history.count(), "newest_id": newest[0].id if newest else 0},
             "admission": serving.admission.counts(),
             "process": _process(),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
+            "versions": _versions(),
         }
     )
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Of Python and the libraries; each is read from a file, and none changes while the process lives."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
 
 
 def _engine() -> dict[str, Any] | None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from olympus.metrics_store import COLUMNS
 from olympus.requests import MAX_TEXT, Name, Text
 from web.body import ID_LIMIT, Body, Session, without_nul
+
+_ANY_COLUMN = f"({'|'.join(COLUMNS)})"
+_SOME_COLUMNS = f"^{_ANY_COLUMN}(,{_ANY_COLUMN})*$"
 
 
 class HistoryQuery(Body):
@@ -100,11 +104,26 @@ class MemoryQuery(Body):
     limit: Annotated[int, Field(ge=1, le=100)] = 10
 
 
+def _measured_columns(names: Any) -> Any:
+    if not isinstance(names, str):
+        return names
+    wanted = tuple(dict.fromkeys(names.split(",")))
+    if not set(wanted) <= set(COLUMNS):
+        known = ", ".join(COLUMNS)
+        raise PydanticCustomError("value_error", "must be some of {known}, with commas between them", {"known": known})
+    return wanted
+
+
 class MetricsQuery(Body):
-    """``GET /olympus/kernels/<id>/metrics``."""
+    """``GET /olympus/kernels/<id>/metrics``: ``columns`` separated by commas; without it, all."""
 
     since: Annotated[int, Field(ge=0, le=ID_LIMIT)] | None = None
     max_points: Annotated[int, Field(ge=1, le=10_000)] = 2000
+    columns: Annotated[
+        tuple[str, ...] | None,
+        BeforeValidator(_measured_columns),
+        WithJsonSchema({"type": "string", "pattern": _SOME_COLUMNS}),
+    ] = None
     spread: bool = False
 
 

@@ -7,6 +7,7 @@ are those that Chromium received for the document, its scripts, styles and pictu
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import tempfile
 import time
@@ -77,8 +78,8 @@ class Tab:
         self.page.set_viewport_size({"width": 1440, "height": 900})
         self.page.add_init_script(WATCH.replace("COUNT", str(kernels)))
         self.server = server
-        self.metrics: list[tuple[bool, int]] = []  # (asked with since, rows)
-        self.page.on("response", self._answered)
+        self._answers: list[Any] = []  # of the metrics route
+        self.page.on("response", lambda told: self._answers.append(told) if "/metrics?" in told.url else None)
         self._kinds: dict[str, str] = {}
         self._bytes = {"assets": 0, "data": 0}
         self._requests = 0
@@ -93,9 +94,18 @@ class Tab:
         self._bytes["assets" if kind in ASSETS else "data"] += int(event["encodedDataLength"])
         self._requests += 1
 
-    def _answered(self, response: Any) -> None:
-        if "/metrics?" in response.url and response.ok:
-            self.metrics.append(("since=" in response.url, len(response.json()["step"])))
+    def metrics(self) -> list[tuple[bool, int]]:
+        """(asked with since, rows) of each answer so far; to be asked when nothing is timed any more.
+
+        An answer that the page did not wait for has no body.
+        """
+        from playwright.sync_api import Error
+
+        found = []
+        for answer in self._answers:
+            with contextlib.suppress(Error):
+                found.append(("since=" in answer.url, len(answer.json()["step"])))
+        return found
 
     def load(self, path: str, seconds: float = 60.0) -> Load:
         """Open a page and wait until it is usable and quiet."""
@@ -178,10 +188,11 @@ def measure(folder: Path, *, kernels: int, points: int, training: int, loads: in
                     found.loads.setdefault(name, []).append(tab.load(path))
                     if len(found.loads[name]) == loads:
                         _use(tab, name, rounds, found)
+                    metrics = tab.metrics()
                     tab.page.close()
-                    found.metric_requests += len(tab.metrics)
-                    found.with_since += sum(since for since, _ in tab.metrics)
-                    found.most_points = max([found.most_points, *(rows for _, rows in tab.metrics)])
+                    found.metric_requests += len(metrics)
+                    found.with_since += sum(since for since, _ in metrics)
+                    found.most_points = max([found.most_points, *(rows for _, rows in metrics)])
             context.close()
     return found
 

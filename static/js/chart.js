@@ -7,8 +7,16 @@
 import { decimal, integer, isNumber } from "./format.js";
 import { h } from "./dom.js";
 
+const colours = new Map(); // token -> colour; asking the page costs a pass over its styles, and a drawing asks a dozen times
+window.addEventListener("themechange", () => colours.clear());
+
 /** The colour a token stands for in the current theme; canvas cannot read light-dark(). */
 function tokenColour(token) {
+  if (!colours.has(token)) colours.set(token, readColour(token));
+  return colours.get(token);
+}
+
+function readColour(token) {
   const probe = h("span", { hidden: true });
   probe.style.color = `var(${token})`;
   document.body.append(probe);

@@ -1,14 +1,15 @@
 /* Kernels side by side: one chart of what is chosen, and a table of their numbers and of how they were made.
 
-   Each curve has at most 2,000 points in view. Looking closer fetches the finer rows from where the view begins; what
-   is measured meanwhile is fetched by what is new. The choice is in the address, so that a link shows the same. */
+   Only the quantity that is shown is fetched; each curve has at most 2,000 points in view. Looking closer fetches the
+   finer rows from where the view begins; what is measured meanwhile is fetched by what is new. The choice is in the
+   address, so that a link shows the same. */
 
 import { byId, h, replace } from "./dom.js";
 import { api } from "./api.js";
 import { StepChart } from "./chart.js";
 import { decimal, integer, isNumber, measured } from "./format.js";
 import { domainText, kernelPath, stateBadge } from "./kernel_view.js";
-import { Metrics, VIEW_POINTS } from "./metrics.js";
+import { Metrics } from "./metrics.js";
 import { ratioOf } from "./sky.js";
 
 export const MOST = 6;
@@ -17,17 +18,19 @@ const LOOKS = [ // token and dash: the colour is not the only sign
   ["--series-1", null], ["--series-2", [10, 4]], ["--series-3", [3, 3]], ["--series-4", [12, 3, 3, 3]], ["--series-5", [6, 2]], ["--series-6", [1, 4]],
 ];
 const QUANTITIES = {
-  holdout_loss: { words: "Held-out loss, nats per byte", of: ({ holdout_loss }) => holdout_loss },
-  ratio: { words: "Held-out loss over the baseline's: below 1 it has learned", of: (columns) => columns.holdout_loss.map((value, index) => ratioOf(value, columns.baseline_loss[index])) },
-  loss: { words: "Training loss, nats per byte", of: ({ loss }) => loss },
-  phi: { words: "Integration Φ", of: ({ phi }) => phi },
-  basin_drift: { words: "Basin drift", of: ({ basin_drift }) => basin_drift },
-  step_ms: { words: "Milliseconds per step", of: ({ step_ms }) => step_ms },
+  holdout_loss: { words: "Held-out loss, nats per byte", columns: ["holdout_loss"] },
+  ratio: { words: "Held-out loss over the baseline's: below 1 it has learned", columns: ["holdout_loss", "baseline_loss"], of: ratioOf },
+  loss: { words: "Training loss, nats per byte", columns: ["loss"] },
+  phi: { words: "Integration Φ", columns: ["phi"] },
+  basin_drift: { words: "Basin drift", columns: ["basin_drift"] },
+  step_ms: { words: "Milliseconds per step", columns: ["step_ms"] },
 };
 
 let drawn = false; // what was chosen last was read and drawn
-let lives = []; // [{id, metrics, closer: columns or null, status}]
-let quantity = "holdout_loss";
+let lives = []; // [{id, curves: quantity -> Metrics, closer: columns or null, status}]
+let quantity = "holdout_loss"; // what is shown
+let wanted = quantity; // what was chosen last: shown as soon as its rows are here
+let listedName = () => undefined; // of an id, from the list as far as that is read
 let wait = null;
 let request = null;
 
@@ -41,15 +44,27 @@ function around(_, low, high) {
 
 // -- the curves --------------------------------------------------------------------------------------------------
 
+/** The measurements of one quantity of `life`; nothing is fetched yet when it is looked at first. */
+function curveOf(life, name = quantity) {
+  if (!life.curves.has(name)) life.curves.set(name, new Metrics(`${pathOf(life.id)}/metrics`, { columns: QUANTITIES[name].columns }));
+  return life.curves.get(name);
+}
+
 /** Rows that are shown: those from where the view begins, as fine as they were fetched, and the older ones. */
-function rowsOf({ metrics, closer }) {
-  if (closer === null || closer.step.length === 0) return metrics.columns;
-  const coarse = metrics.columns;
+function rowsOf(life) {
+  const { closer } = life;
+  const coarse = curveOf(life).columns;
+  if (closer === null || closer.step.length === 0) return coarse;
   const before = coarse.step.findIndex((step) => step >= closer.step[0]);
   const after = coarse.step.findIndex((step) => step > closer.step.at(-1));
   return Object.fromEntries(Object.keys(coarse).map((name) => [name, [
     ...coarse[name].slice(0, before < 0 ? undefined : before), ...closer[name], ...(after < 0 ? [] : coarse[name].slice(after)),
   ]]));
+}
+
+function valuesOf(rows) {
+  const { columns: [name, other], of } = QUANTITIES[quantity];
+  return of ? rows[name].map((value, index) => of(value, rows[other][index])) : rows[name];
 }
 
 /** Curves over steps of their own as columns over all steps: [steps, ...values]. */
@@ -68,7 +83,7 @@ export function aligned(curves) {
 }
 
 function draw() {
-  const curves = lives.map((life) => rowsOf(life)).map((columns) => ({ step: columns.step, values: QUANTITIES[quantity].of(columns) }));
+  const curves = lives.map(rowsOf).map((rows) => ({ step: rows.step, values: valuesOf(rows) }));
   const some = curves.some(({ values }) => values.some((value) => value !== null));
   byId("compare-wait").hidden = some || lives.length === 0;
   byId("compare-chart").hidden = !some;
@@ -83,7 +98,11 @@ function summary(curves) {
 }
 
 function nameOf(life) {
-  return life.status?.god_name ?? life.id;
+  return knownName(life) ?? life.id;
+}
+
+function knownName(life) {
+  return life.status?.god_name ?? listedName(life.id);
 }
 
 async function lookCloser(view) {
@@ -93,7 +112,7 @@ async function lookCloser(view) {
   const since = view === null ? null : Math.max(0, Math.floor(view.min) - 1);
   try {
     await Promise.all(lives.map(async (life) => {
-      life.closer = since === null ? null : await api.get(`${pathOf(life.id)}/metrics?max_points=${VIEW_POINTS}&since=${since}`, signal);
+      life.closer = since === null ? null : await curveOf(life).rows(since, signal);
     }));
     draw();
   } catch (error) {
@@ -147,17 +166,26 @@ function lookMark(index) {
 
 // -- choosing ----------------------------------------------------------------------------------------------------
 
-/** Compare the kernels with these ids; keeps what is known of those that were compared before. */
-export async function compare(ids) {
+/** Compare the kernels with these ids; keeps what is known of those that were compared before. `nameIn(id)`: from the list. */
+export async function compare(ids, nameIn) {
+  listedName = nameIn;
   const same = ids.length === lives.length && ids.every((id, index) => id === lives[index].id);
-  lives = ids.map((id) => lives.find((life) => life.id === id) ?? { id, metrics: new Metrics(`${pathOf(id)}/metrics`), closer: null, status: null });
+  lives = ids.map((id) => lives.find((life) => life.id === id) ?? { id, curves: new Map(), closer: null, status: null });
   byId("compare").hidden = ids.length === 0;
   byId("compare-note").textContent = ids.length === 1 ? "Choose another one to see both in one chart." : `${ids.length} of at most ${MOST}`;
   if (ids.length === 0 || (same && drawn)) return;
   drawn = false;
+  quantity = wanted;
   const mine = lives;
-  await Promise.all([readStatuses(), ...lives.map(({ metrics }) => metrics.update())]);
-  if (mine !== lives) return; // others were chosen meanwhile
+  const curves = Promise.all(lives.map((life) => curveOf(life).update())); // first: a browser asks for six things at once
+  const statuses = readStatuses();
+  await Promise.all([statuses, curves.then(async () => {
+    if (!mine.every(knownName)) await statuses;
+    if (mine === lives) drawAnew(); // else others were chosen meanwhile
+  })]);
+}
+
+function drawAnew() {
   for (const life of lives) life.closer = null;
   chart.clear(lives.map((life, index) => ({ label: nameOf(life), token: LOOKS[index][0], dash: LOOKS[index][1], width: 2, points: true })));
   draw();
@@ -169,10 +197,22 @@ async function readStatuses() {
   renderTable();
 }
 
+/** Show another quantity, the same part of the lives. */
+async function show(name) {
+  wanted = name;
+  const mine = lives;
+  await Promise.all(lives.map((life) => curveOf(life, name).update()));
+  if (mine !== lives || name !== wanted) return; // chosen anew meanwhile
+  quantity = name;
+  for (const life of lives) life.closer = null;
+  draw();
+  if (chart.view !== null) await lookCloser(chart.view);
+}
+
 /** Fetch what is new of all of them. */
 export async function update() {
   if (lives.length === 0) return;
-  const some = await Promise.all(lives.map(({ metrics }) => metrics.update()));
+  const some = await Promise.all(lives.map((life) => curveOf(life).update()));
   if (some.some(Boolean)) draw();
 }
 
@@ -182,7 +222,7 @@ export async function refreshNumbers() {
 }
 
 export function reset() {
-  for (const life of lives) life.metrics.reset();
+  for (const life of lives) for (const curve of life.curves.values()) curve.reset();
 }
 
 export function isCompared(id) {
@@ -191,13 +231,12 @@ export function isCompared(id) {
 
 /** Wire the choice of the quantity and the buttons that move the view. `changed(quantity)` keeps it in the address. */
 export function wireCompare(first, changed) {
-  if (first in QUANTITIES) quantity = first;
+  if (first in QUANTITIES) quantity = wanted = first;
   const radio = document.querySelector(`input[name=quantity][value=${quantity}]`);
   radio.checked = true;
   byId("compare-quantity").addEventListener("change", (event) => {
-    quantity = event.target.value;
-    changed(quantity);
-    draw();
+    changed(event.target.value);
+    show(event.target.value).catch((error) => { byId("compare-note").textContent = `not up to date: ${error.message}`; });
   });
   const moves = { "view-earlier": { shift: -0.5 }, "view-later": { shift: 0.5 }, "view-closer": { factor: 0.5 }, "view-wider": { factor: 2 } };
   for (const [id, move] of Object.entries(moves)) byId(id).addEventListener("click", () => chart.move(move));

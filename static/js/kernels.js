@@ -66,7 +66,7 @@ function choose(id, on) {
 
 async function showComparison() {
   try {
-    await compare([...chosen]);
+    await compare([...chosen], (id) => kernels.find(({ kernel_id }) => kernel_id === id)?.god_name);
   } catch (error) {
     byId("compare-note").textContent = `not up to date: ${error.message}`;
   }

@@ -5,7 +5,7 @@
 
 import { api } from "./api.js";
 
-const COLUMNS = ["step", "loss", "holdout_loss", "baseline_loss", "phi", "kappa", "basin_drift", "step_ms"];
+const COLUMNS = ["loss", "holdout_loss", "baseline_loss", "phi", "kappa", "basin_drift", "step_ms"];
 export const VIEW_POINTS = 2000;
 
 export class Metrics {
@@ -13,11 +13,12 @@ export class Metrics {
   #since = null;
   #busy = null;
   #points;
-  columns = Object.fromEntries(COLUMNS.map((name) => [name, []]));
 
-  constructor(path, points = VIEW_POINTS) {
+  /** `columns`: names of what is fetched; `points`: at most so many rows are kept. */
+  constructor(path, { columns = COLUMNS, points = VIEW_POINTS } = {}) {
     this.#path = path;
     this.#points = points;
+    this.columns = Object.fromEntries(["step", ...columns].map((name) => [name, []]));
   }
 
   get length() {
@@ -35,12 +36,18 @@ export class Metrics {
     this.#since = null;
   }
 
+  /** What the server tells after the step `since` (null: of the whole life), kept by nobody. */
+  rows(since, signal) {
+    const names = Object.keys(this.columns).slice(1); // the steps come unasked
+    const query = since === null ? "" : `&since=${since}`;
+    return api.get(`${this.#path}?max_points=${this.#points}${query}&columns=${names.join(",")}`, signal);
+  }
+
   async #fetch() {
     const whole = this.#since === null;
-    const query = whole ? "" : `&since=${this.#since}`;
-    const page = await api.get(`${this.#path}?max_points=${this.#points}${query}`);
+    const page = await this.rows(this.#since);
     if (page.next_since !== null && page.next_since !== undefined) this.#since = page.next_since;
-    for (const name of COLUMNS) {
+    for (const name of Object.keys(this.columns)) {
       const values = page[name];
       this.columns[name] = whole ? values : this.columns[name].concat(values);
     }

@@ -6,7 +6,7 @@ import { ago, bytes, decimal, duration, integer, isNumber, missing, percent } fr
 import { keepFresh, live, readStatus, throttle } from "./shell.js";
 import { domainText, kernelPath, mergeEvent, renderKernels, stateBadge } from "./kernel_view.js";
 import { Metrics } from "./metrics.js";
-import { relationsOf, Sky, trailOf } from "./sky.js";
+import { relationsOf, Sky, TRAIL_COLUMNS, trailOf } from "./sky.js";
 
 const TRAILS = 12; // kernels whose whole path is drawn
 const TRAIL_POINTS = 160;
@@ -108,7 +108,7 @@ function renderKernelViews() {
 
 async function readTrails() {
   await Promise.all(kernels.slice(0, TRAILS).map(async ({ kernel_id: id }) => {
-    if (!lives.has(id)) lives.set(id, new Metrics(`/olympus${kernelPath(id)}/metrics`, TRAIL_POINTS));
+    if (!lives.has(id)) lives.set(id, new Metrics(`/olympus${kernelPath(id)}/metrics`, { columns: TRAIL_COLUMNS, points: TRAIL_POINTS }));
     if (await lives.get(id).update()) trails.set(id, trailOf(lives.get(id).columns));
   }));
   sky.show(kernels, trails, relations);

@@ -172,6 +172,8 @@ export function ratioOf(holdout, baseline) {
   return isNumber(holdout) && isNumber(baseline) && baseline > 0 ? holdout / baseline : null;
 }
 
+export const TRAIL_COLUMNS = ["holdout_loss", "baseline_loss", "phi"];
+
 /** Turn the columns of /metrics into a path: a point at each examination, with the newest Φ until then (or null). */
 export function trailOf(metrics) {
   const points = [];

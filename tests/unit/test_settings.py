@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_environment_wins_over_yaml_wins_over_defaults(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
-    config.write_text("server: {port: 1111, threads: 80}\nkernels: {retention: {every_100_steps: 7}}\n")
+    config.write_text("server: {port: 1111, threads: 100}\nkernels: {retention: {every_100_steps: 7}}\n")
     settings = load_settings(config, environ={"OLYMPUS_SERVER__PORT": "2222"})
-    assert (settings.server.port, settings.server.threads) == (2222, 80)
+    assert (settings.server.port, settings.server.threads) == (2222, 100)
     assert settings.kernels.retention.every_100_steps == 7
     assert settings.kernels.retention.every_1000_steps == 10
 
@@ -42,7 +42,7 @@ def test_port_data_dir_and_database_url_are_honoured(tmp_path: Path) -> None:
         ({"OLYMPUS_SERVER__PORT": "ninety"}, "server.port: Input should be a valid integer"),
         ({"OLYMPUS_SERVER": "1", "OLYMPUS_SERVER__PORT": "2"}, "OLYMPUS_SERVER is a single value"),
         ({"OLYMPUS_SERVER__API_KEY": "short"}, "server.api_key: must have at least 16 characters"),
-        ({"OLYMPUS_SERVER__MAX_CHATS": "60"}, "must leave 8 of the 64 threads"),
+        ({"OLYMPUS_SERVER__MAX_CHATS": "60"}, "must leave 8 of the 96 threads"),
     ],
 )
 def test_bad_keys_and_values_say_what_to_do(environ: dict[str, str], hint: str) -> None:
@@ -123,7 +123,7 @@ def test_replit_is_recognised_by_its_id() -> None:
 
 def test_each_value_knows_where_it_comes_from(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
-    config.write_text("server: {port: 1111, threads: 80}\ndistillation: {domains: {support: quick}}\n")
+    config.write_text("server: {port: 1111, threads: 100}\ndistillation: {domains: {support: quick}}\n")
     environ = {"OLYMPUS_SERVER__PORT": "2222", "OLYMPUS_DATA_DIR": str(tmp_path), "OLYMPUS_KERNELS": "{preset: small}"}
     settings = load_settings(config, environ=environ, overrides={"model": {"load": False}})
     assert settings.origin("server.port") == "environment OLYMPUS_SERVER__PORT"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,38 @@ def test_a_watcher_that_comes_back_too_late_gets_whole_rows(
     assert read["first_step"][0] <= 1004, "nothing is missing"
     assert read["step"][0] > 1003
     assert read["first_step"][1:] == [step + 1 for step in read["step"][:-1]]
+
+
+@pytest.mark.parametrize("columns", [("phi",), ("holdout_loss", "loss"), COLUMNS[:3], tuple(reversed(COLUMNS))])
+@pytest.mark.parametrize("max_points", [7, 200, 10_000])
+def test_an_answer_with_some_columns_is_part_of_the_whole_one(
+    database: Database, columns: tuple[str, ...], max_points: int
+) -> None:
+    """Few columns are picked by the database, many are not: both say the same, also where nothing was measured."""
+    drawer = random.Random(5)
+    store = MetricsStore(database, Clock())
+    for step in range(1, 700):
+        phi = drawer.random() if step % 9 == 0 else None
+        store.add(ID, StepMetrics(step, loss=drawer.random(), phi=phi, holdout_loss=1e-9 if step % 50 == 0 else None))
+        if step % 3 == 0:
+            store.flush(ID)
+    store.flush(ID)
+    for since in (None, 0, 333, 690, 699):
+        whole = store.read(ID, since, max_points, spread=True)
+        some = store.read(ID, since, max_points, columns=columns, spread=True)
+        assert [name for name in some if name in COLUMNS] == list(columns)
+        for label in ("min", "max", "last"):
+            assert some.pop(label) == {name: whole[label][name] for name in columns}
+        assert some == {name: whole[name] for name in some}
+
+
+def test_a_reader_does_not_wait_for_a_flush(database: Database) -> None:
+    """The dashboard stood still while a flush waited for the disk."""
+    store = MetricsStore(database, Clock())
+    insert(database, [1.0] * 10)
+    store.read(ID)
+    with store._flushing, ThreadPoolExecutor(1) as other:
+        assert other.submit(store.read, ID).result(timeout=10)["step"][-1] == 10
 
 
 def test_resuming_removes_the_rows_of_the_lost_future(database: Database) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
+from olympus.metrics_store import COLUMNS
 from olympus.runtime import Runtime
 from settings import ROOT
 from storage.models import AuditEvent
@@ -101,6 +103,13 @@ def test_a_kernel_trains_saves_and_answers(make_runtime: MakeRuntime) -> None:
     columns = client.get(f"{base}/metrics?max_points=2").json
     assert len(columns["step"]) <= 2
     assert client.get(f"{base}/metrics?since={columns['next_since']}").json["step"] == []
+    some = client.get(f"{base}/metrics?columns=phi,loss,phi").json
+    assert [name for name in some if name in COLUMNS] == ["phi", "loss"]
+    assert len(some["step"]) == len(some["phi"]) == len(some["loss"]) > 0
+    for wrong in ("", "phi,", "step", "phi, loss", "Phi", "phi;loss"):
+        refused = client.get(f"{base}/metrics", query_string={"columns": wrong})
+        assert (refused.status_code, refused.json["errors"][0]["field"]) == (422, "columns"), wrong
+        assert "must be some of loss, holdout_loss, " in refused.json["detail"]
     assert client.post(f"{base}/checkpoints/{names[-1]}/restore").status_code == 200
     assert client.post(f"{base}/resume").status_code == 200
     assert client.post(f"{base}/stop").status_code == 200
@@ -197,8 +206,10 @@ def test_health_and_readiness(client: FlaskClient, make_runtime: MakeRuntime) ->
     assert waiting.get("/healthz").status_code == 200
 
 
-def test_status_is_for_people(client: FlaskClient) -> None:
+def test_status_is_for_people(client: FlaskClient, kernel: str) -> None:
     status = client.get("/olympus/status").json
+    listed = client.get("/olympus/kernels").json["kernels"]
+    assert status["kernels"] == dict(Counter(line["state"] for line in listed))
     assert status["model"]["stage"] == "ready"
     assert status["engine"]["alive"] is True
     assert status["process"]["rss_bytes"] > 10_000_000
