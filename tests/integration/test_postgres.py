@@ -1,4 +1,4 @@
-"""The same storage code on PostgreSQL: migrations, history, eight writers, virtual tokens."""
+"""The same storage code on PostgreSQL: migrations, history, eight writers, virtual tokens, measurements."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ from memory.distillation.runs import RunError, RunStore
 from memory.history import History, NewExperience
 from memory.latent import LatentSessions
 from olympus.audit import AuditFilter, AuditLog
+from olympus.metrics_store import COLUMNS, MetricsStore, StepMetrics
 from storage import migrate
 from storage.database import Database
-from storage.models import AuditEvent
+from storage.models import AuditEvent, Kernel
 from tests.support.server import free_port
 from tests.support.virtual_tokens import make_layers, make_shape
 from workspace.virtual_kv import VirtualKVStore
@@ -103,6 +105,25 @@ def test_virtual_tokens_behave_as_on_sqlite(database: Database) -> None:
     assert len(latent.prune(1)) == 1
     assert latent.forget("Φ") == 1
     assert latent.load("Φ") is None
+
+
+@pytest.mark.parametrize("columns", [("loss",), ("phi", "loss", "kappa"), COLUMNS])
+def test_measurements_are_read_as_on_sqlite(database: Database, tmp_path: Path, columns: tuple[str, ...]) -> None:
+    """Rows leave the database as one text, and each database writes such a text in its own way."""
+    local = Database(f"sqlite:///{tmp_path / 'same.db'}")
+    migrate.upgrade(local)
+    kernel_id, stores = "athena-0a1b2c", [MetricsStore(place) for place in (database, local)]
+    for place, store in zip((database, local), stores, strict=True):
+        with place.write() as session:
+            session.add(Kernel(id=kernel_id, god_name="x", domain="d", state="queued", config={}, seed=1))
+        for step in range(1, 300):
+            store.add(kernel_id, StepMetrics(step, loss=1 / step, phi=1e-7 * step if step % 3 == 0 else None))
+            if step % 2 == 0:
+                store.flush(kernel_id)
+    for since, most in ((None, 2000), (None, 30), (101, 2000), (101, 20), (298, 10), (299, 10)):
+        ours, theirs = (store.read(kernel_id, since, most, columns=columns, spread=True) for store in stores)
+        assert ours == theirs
+    local.close()
 
 
 def test_an_unreachable_server_is_a_clear_error() -> None:
