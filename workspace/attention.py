@@ -27,8 +27,9 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from workspace.attention_backends import Base, Call, Placed, attention_mass, eager, fused, merge, placed, stock_eager
 from workspace.context import Backend, Context, Recorder
 from workspace.errors import InvalidWorkspace
+from workspace.packed import packed, packed_attention
 from workspace.rope import LayerRope
-from workspace.row_batch import RowBatch, packed, packed_attention
+from workspace.row_batch import RowBatch
 from workspace.traced import Traced, attend
 
 NAMES: dict[Base, str] = {"eager": "workspace", "sdpa": "workspace_fused"}

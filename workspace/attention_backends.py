@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workspace.context import Segment
+from workspace.packed import packed_lse
 from workspace.rope import LayerRope
 
 Base = Literal["eager", "sdpa"]
@@ -70,7 +71,7 @@ class Call:
     back: tuple[Tensor, Tensor]  #: factors that turn the queries back, ``LayerRope.back`` for ``position_ids``
     scaling: float
     rest: dict[str, Any]  #: further arguments for the stock function, among them ``dropout``, ``softcap``, ``s_aux``
-    packed: bool = False  #: whether that is ``row_batch.packed_attention``
+    packed: bool = False  #: whether that is ``packed.packed_attention``
 
     @property
     def heads(self) -> int:
@@ -248,13 +249,16 @@ def _kernel_tells(call: Call) -> bool:
 def _real_sdpa(call: Call) -> tuple[Tensor, None, Tensor]:
     """Stock fused attention: the kernel that torch takes on a CPU, called by its own name for the log-sum-exp."""
     query, key, value, mask = call.query, call.key, call.value, call.mask
+    if call.packed:
+        output, lse = packed_lse(call.grouped(query), key, value, call.scaling)
+        return _laid_out(call, output), None, call.split(lse[..., None])
     causal = mask is None and query.shape[2] > 1
     if causal:
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.where(mask, 0.0, -torch.inf).to(query.dtype)
     # As the stock function does; the kernel rounds differently otherwise.
-    if (mask is not None or call.packed) and query.shape[2] == 1:
+    if mask is not None and query.shape[2] == 1:
         query = call.grouped(query)
         mask = mask if mask is None or mask.shape[1] == 1 else call.grouped(mask)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -25,8 +25,9 @@ from torch import _inductor as inductor
 
 from workspace.attention import attend_rows, base_of
 from workspace.errors import InvalidWorkspace
+from workspace.packed import packed
 from workspace.residuals import hooks_on, row_addends, show_rows
-from workspace.row_batch import RowBatch, packed
+from workspace.row_batch import RowBatch
 from workspace.traced import TRACED
 
 
