@@ -27,6 +27,7 @@ wsgi_app = "app:app"
 workers, worker_class, threads = 1, "gthread", _settings.server.threads
 preload_app, max_requests, reload = False, 0, False
 timeout, keepalive = 120, 5
+limit_request_line = 8190  # the most that gunicorn allows; longer ones get its own 414, in HTML
 graceful_timeout = int(_settings.server.grace_seconds)
 control_socket_disable = True
 proc_name = "olympus"

@@ -68,7 +68,23 @@ def parse_body(model: type[Model]) -> Model:
     try:
         return model.model_validate_json(raw, strict=True)
     except ValidationError as error:
+        if any(problem["type"] == "int_type" for problem in error.errors()):
+            return _with_whole_numbers(model, raw)
         raise _explained(error, model) from None
+
+
+def _with_whole_numbers(model: type[Model], raw: bytes) -> Model:
+    """``raw`` as ``model``, where 3.0 is an integer, too: JSON has one kind of number, and some clients write it so."""
+    text = json.dumps(json.loads(raw, parse_float=_whole))
+    try:
+        return model.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise _explained(error, model) from None
+
+
+def _whole(text: str) -> float:
+    number = float(text)
+    return int(number) if number.is_integer() and abs(number) <= 2**53 else number
 
 
 def read_body() -> bytes:

@@ -31,6 +31,7 @@ _UNSEEN = ("pages", "static")
 _JSON = "application/json"
 _EVENTS = "text/event-stream"
 _OPENAI, _PROBLEM = "OpenAI", "Problem"  #: the dialects of errors, as their responses are named
+_LONGEST_LINE = 8190  # configs/gunicorn.conf.py
 _REFUSALS = {
     400: "The request does not fit",
     401: "There is no valid key",
@@ -206,6 +207,8 @@ def _responses(
     if _EVENTS in reading.media:
         refused |= {429}
     told: dict[str, Any] = {str(status): {"$ref": f"#/components/responses/{dialect}{status}"} for status in refused}
+    if rule.arguments or reading.query:
+        told["414"] = {"$ref": "#/components/responses/LongLine"}
     for status in reading.statuses:
         meaning = "Done." if status < 400 else "Not yet."
         told[str(status)] = {"description": meaning, "content": _content(rule, reading, named)}
@@ -213,12 +216,16 @@ def _responses(
 
 
 def _refusals(named: dict[type[BaseModel], dict[str, Any]]) -> dict[str, Any]:
-    """Every refusal in both dialects."""
+    """Every refusal in both dialects, and what gunicorn says before the application is asked."""
     shapes = {
         _OPENAI: (_JSON, named[OpenAIError]),
         _PROBLEM: ("application/problem+json", named[ProblemDetails]),
     }
-    return {
+    long_line = {
+        "description": f"The request line is longer than {_LONGEST_LINE:,} bytes.",
+        "content": {"text/html": {"schema": {"type": "string"}}},
+    }
+    return {"LongLine": long_line} | {
         f"{dialect}{status}": {"description": f"{why}.", "content": {media: {"schema": shape}}}
         for dialect, (media, shape) in shapes.items()
         for status, why in _REFUSALS.items()

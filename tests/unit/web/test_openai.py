@@ -154,6 +154,19 @@ def test_hints_and_nulls_change_nothing(client: FlaskClient) -> None:
     assert client.post(PATH, json=ask(**nulls, stop=None)).json["choices"] == plain
 
 
+def test_a_whole_number_may_be_written_with_a_point(client: Any) -> None:
+    """JSON has one kind of number, and some programs write all of theirs so."""
+    plain = client.post(PATH, json=ask(max_tokens=3, n=2, seed=7))
+    raw = json.dumps(ask(max_tokens=3.0, n=2.0, seed=7.0))
+    assert '"max_tokens": 3.0' in raw
+    pointed = client.post(PATH, data=raw, content_type="application/json")
+    assert pointed.status_code == 200, pointed.json
+    assert pointed.json["choices"] == plain.json["choices"]
+    for wrong in ("1e300", "2.5", "true", '"3"'):
+        refused = client.post(PATH, data=raw.replace("3.0", wrong), content_type="application/json")
+        assert (refused.status_code, refused.json["error"]["param"]) == (400, "max_tokens")
+
+
 REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
     ({"n": 9}, "n", "less than or equal to 8"),
     ({"n": True}, "n", "valid integer"),
