@@ -63,9 +63,14 @@ class CompiledStep:
         self._extra = dict(extra)
         self._backend = options.get("backend", "inductor")
         self._mode = options.get("mode", "default")
-        modules = list(model.modules())
-        self._attentions = {module.layer_idx: module for module in modules if hasattr(module, "layer_idx")}
-        self._hooks = [hooks for module in modules for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+        self._attentions = {
+            module.layer_idx: module
+            for name, module in model.named_modules()
+            if name.endswith("self_attn") and hasattr(module, "layer_idx")
+        }
+        self._hooks = [
+            hooks for module in model.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        ]
         self._traced_with: list[int] = []
         self._compiled: Any = None
 
@@ -78,7 +83,10 @@ class CompiledStep:
         if carries:
             self._check(batch)
         _thread.running = _Running(batch, position_ids, self._attentions, carries)
-        logits: Tensor = self._compiled(ids, position_ids)
+        try:
+            logits: Tensor = self._compiled(ids, position_ids)
+        finally:
+            del _thread.running  # it holds a cache
         return logits
 
     def _check(self, batch: RowBatch) -> None:
