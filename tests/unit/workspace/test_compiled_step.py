@@ -6,6 +6,7 @@ With dynamo's "eager" back end, which compiles nothing: what is tested is the gr
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,7 +61,7 @@ def contexts(hooked: HookedModel, tokens: int) -> Context:
 def steps(forward: Forward, prompt: int, carried: list[Context | None]) -> torch.Tensor:
     """Logits [T, V] of a token for each of ``carried``, after a prompt of that length."""
     cache = forward.new_cache()
-    forward(list(range(2, 2 + prompt)), cache, 0, {})
+    forward([2 + number % 90 for number in range(prompt)], cache, 0, {})
     rows = [Row(5 + number, prompt + number, cache, context) for number, context in enumerate(carried)]
     return torch.stack([forward.together([row])[0].clone() for row in rows])
 
@@ -153,6 +154,22 @@ def test_several_rows_share_an_uncompiled_pass(monkeypatch: pytest.MonkeyPatch) 
     assert calls == [1]
     assert torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1], atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@torch.inference_mode()
+def test_really_compiled_it_says_the_same(name: str) -> None:
+    hooked = hooked_model(name)
+    plain, compiled = Forward(hooked.loaded), Forward(hooked.loaded, {"mode": "default"})
+    assert compiled.rows_agree()
+    assert compiled._compiled is not None
+    for prompt in (12, 700):
+        ours, theirs = ([None, contexts(hooked, 5), None] for _ in range(2))
+        torch.testing.assert_close(
+            steps(compiled, prompt, ours), steps(plain, prompt, theirs), atol=5e-4, rtol=5e-4, msg=str(prompt)
+        )
 
 
 def test_a_machine_that_cannot_compile_goes_without(caplog: pytest.LogCaptureFixture) -> None:
