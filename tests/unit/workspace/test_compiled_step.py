@@ -158,6 +158,7 @@ def test_several_rows_share_an_uncompiled_pass(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("default")  # of the compiler's own parts
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 @torch.inference_mode()
 def test_really_compiled_it_says_the_same(name: str) -> None:
