@@ -8,7 +8,7 @@ last, so the prompt is not in it. The text says whether exact arms gave the same
     exact f32    the engine, float32, every generation alone: the same tokens as ``generate``
     exact bf16   the engine, bfloat16
     quantised    the engine as it is served on a CPU: bfloat16 with ``model.weights: auto``
-    compiled     the same with ``torch.compile`` and a fixed cache (not with --quick: minutes of warm-up)
+    compiled     the same with its step compiled (not with --quick: half a minute of warm-up)
     llama.cpp    llama-cpp-python, where LLAMA_CPP_PYTHON names an interpreter that has it
 
 Then perplexity of each kind of weights on held-out text, with the packed product for every row; the speed of reading
