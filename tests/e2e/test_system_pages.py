@@ -173,7 +173,7 @@ def test_the_system_is_live(watched: Watched) -> None:
     before = page.locator("#spark-memory .spark-line").get_attribute("d")
     assert re.search(r"with [\d.]+ [MG]B of memory", page.locator("#system-lede").inner_text())
     assert page.locator("#queues > li").count() == 7
-    assert "of 32" in page.locator("#queues").get_by_text("Event streams open").locator("xpath=..").inner_text()
+    assert "of 64" in page.locator("#queues").get_by_text("Event streams open").locator("xpath=..").inner_text()
     assert "Database" in page.locator("#disk-facts").inner_text()
     assert "smollm2-135m-instruct" in page.locator("#model-facts").inner_text()
     assert page.locator("#threads-table").get_by_text("engine", exact=True).count() == 1
