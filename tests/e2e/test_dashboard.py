@@ -267,3 +267,5 @@ def test_screenshots(watched):
     watched.until_live()
     page.wait_for_timeout(2500)
     watched.save("overview")
+    watched.open("/login", height=700).locator("form").wait_for()
+    watched.save("login")
