@@ -17,8 +17,8 @@ FORMS = ["Which desk takes a question about my {}?", "My {} is wrong, where do I
 #: Enough for what these labels need, and little enough to wait for.
 RUN = {
     "data": {"eval_share": 0.35},
-    "training": {"slots": 32, "max_steps": 30, "warmup_steps": 4, "rows": 6, "max_tokens": 64, "evaluate_every": 5},
-    "gate": {"min_rows": 6, "max_rows": 10, "metric": "ranked"},
+    "training": {"slots": 32, "max_steps": 100, "warmup_steps": 8, "rows": 8, "max_tokens": 64, "evaluate_every": 10},
+    "gate": {"min_rows": 6, "max_rows": 16, "metric": "ranked"},
 }
 
 
