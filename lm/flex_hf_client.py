@@ -10,18 +10,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from lm.engine_client import EngineClient, Resolve
 from lm.errors import Unavailable
+from lm.transport import Closing
 from lm.types import CartridgeRef, Messages, Reply, Trace
 from workspace.engine import Engine
 from workspace.errors import ModelError
 from workspace.models import DtypeName, LoadedModel, load_model
 
 
-class LocalFlexHFClient:
+class LocalFlexHFClient(Closing):
     """``model``: a packaged name, a directory, or a hub id. Safe to use from any thread; ``close()`` it.
 
     ``threads`` 0 takes all cores but one. ``max_active`` answers are generated at once; more wait.
@@ -103,14 +102,6 @@ class LocalFlexHFClient:
             if self._engine is not None:
                 self._engine.stop()
             self._engine = self._client = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _ready(self) -> EngineClient:
         with self._lock:

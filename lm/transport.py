@@ -54,7 +54,7 @@ class Closing(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Drop the connections."""
+        """Let go of what is held: connections, or a model."""
 
     def __enter__(self) -> Self:
         return self

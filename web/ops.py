@@ -78,15 +78,15 @@ def status() -> ResponseReturnValue:
             "history": {"count": serving.history.count(), "newest_id": newest[0].id if newest else 0},
             "admission": serving.admission.counts(),
             "process": _process(),
-            "versions": _versions(),
+            "versions": library_versions(_LIBRARIES),
         }
     )
 
 
 @cache
-def _versions() -> dict[str, str]:
-    """Of Python and the libraries; each is read from a file, and none changes while the process lives."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
+def library_versions(libraries: tuple[str, ...]) -> dict[str, str]:
+    """Of Python and ``libraries``; each is read from a file, and none changes while the process lives."""
+    return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
 
 
 def _engine() -> dict[str, Any] | None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
-from collections import Counter
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from storage import migrate
 from web.admin_schemas import SystemShown
 from web.auth import requires
 from web.context import runtime
-from web.ops import application_version
+from web.ops import application_version, library_versions
 
 blueprint = Blueprint("system", __name__, url_prefix="/olympus")
 
@@ -35,7 +32,7 @@ def system() -> ResponseReturnValue:
     serving = runtime()
     shown = SystemShown(
         version=application_version(),
-        versions={"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
+        versions=library_versions(_LIBRARIES),
         pid=os.getpid(),
         started_at=serving.started_at,
         now=time.time(),
@@ -66,14 +63,14 @@ def _process() -> dict[str, Any]:
 
 def _queues() -> dict[str, Any]:
     serving = runtime()
-    kernels = Counter(kernel["state"] for kernel in serving.zeus.kernels())
+    kernels = serving.zeus.rows.states()
     runs = serving.distillery.runs.open_ids()
     return {
         **serving.admission.counts(),
         "max_generating": serving.settings.engine.max_active,
         "max_waiting": serving.settings.engine.max_waiting,
-        "kernels_training": kernels["training"],
-        "kernels_queued": kernels["queued"],
+        "kernels_training": kernels.get("training", 0),
+        "kernels_queued": kernels.get("queued", 0),
         "max_training": serving.zeus.limit,
         "distillations_open": len(runs),
         "watchers": serving.hub.subscribers,

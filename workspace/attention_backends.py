@@ -260,7 +260,7 @@ def _real_sdpa(call: Call) -> tuple[Tensor, None, Tensor]:
     # As the stock function does; the kernel rounds differently otherwise.
     if mask is not None and query.shape[2] == 1:
         query = call.grouped(query)
-        mask = mask if mask is None or mask.shape[1] == 1 else call.grouped(mask)
+        mask = mask if mask.shape[1] == 1 else call.grouped(mask)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     output, lse = kernel(query, key, value, 0.0, causal, attn_mask=mask, scale=call.scaling)
     return _laid_out(call, output), None, call.split(lse[..., None])

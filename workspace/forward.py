@@ -171,7 +171,7 @@ class Forward:
             return False
         prompts = [number % 29 for number in range(12)], [(5 * number + 3) % 29 for number in range(21)]
         pairs = [[self.new_cache() for _ in range(2)] for _ in prompts]
-        if not all(isinstance(cache, RowCache) and cache.batchable for pair in pairs for cache in pair):
+        if not all(cache.batchable for pair in pairs for cache in pair):
             return False
         compiled, self._compiled = self._compiled, None
         try:

@@ -23,7 +23,6 @@ def import_models() -> None:
             BertModel,
             Cache,
             DynamicCache,
-            StaticCache,
         )
 
         import workspace.engine

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch._dynamo.utils import counters
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -97,6 +99,15 @@ def tiny_models(make_tokenizer: Callable[[], PreTrainedTokenizerFast]) -> dict[s
 def tiny(tiny_models: dict[str, LoadedModel]) -> LoadedModel:
     """The tiny Llama."""
     return tiny_models["llama"]
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing that was traced before, nor counted, and nothing left behind."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -5,12 +5,10 @@ With dynamo's "eager" back end, which compiles nothing: what is tested is the tr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch._dynamo
 from torch._dynamo.utils import counters
 from transformers import StaticCache
 
@@ -22,13 +20,7 @@ from workspace.sampling import SamplingParams
 from workspace.steering import Steering
 from workspace.workspace_config import WorkspaceConfig
 
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def carrying(hooked: HookedModel, tokens: int, backend: Any = None) -> Context:

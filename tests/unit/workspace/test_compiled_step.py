@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch._dynamo
 from torch._dynamo.utils import counters
 
 from tests.support.architectures import HIDDEN, VARIANTS, hooked_model, loaded, segment, segments, stock_model
@@ -29,12 +27,7 @@ EAGER: Any = {"backend": "eager"}
 TRACEABLE: dict[str, dict[str, Any]] = {"gpt_oss": {"experts_implementation": "grouped_mm"}}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def adopted(name: str, base: str = "sdpa") -> LoadedModel:

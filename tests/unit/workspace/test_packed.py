@@ -48,6 +48,7 @@ def test_both_ways_give_the_same(tokens: int, queries: int, dtype: torch.dtype) 
     assert torch.equal(stock, output.reshape(1, 1, 2 * queries, 16))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("compiled", [False, True])
 @torch.inference_mode()
 def test_a_long_row_is_to_the_bit_what_it_is_beside_virtual_tokens_without_weight(
@@ -56,7 +57,6 @@ def test_a_long_row_is_to_the_bit_what_it_is_beside_virtual_tokens_without_weigh
     calls: list[int] = []
     scores = module._scores
     monkeypatch.setattr(module, "_scores", lambda *args: calls.append(1) or scores(*args))
-    torch._dynamo.reset()
     hooked = hooked_model("llama", "sdpa", torch.bfloat16)
     backend: Any = {"backend": "eager"}
     forward = Forward(hooked.loaded, backend if compiled else None)
@@ -71,4 +71,3 @@ def test_a_long_row_is_to_the_bit_what_it_is_beside_virtual_tokens_without_weigh
     assert len(calls) == 3 * 4, "every layer of every pass"
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
-    torch._dynamo.reset()

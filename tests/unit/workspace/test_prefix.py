@@ -250,17 +250,16 @@ def test_text_with_a_prefix_is_that_of_the_same_tokens(
             assert engine.submit(text, sampled).result(60).token_ids != found.token_ids, "the slots do count"
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_a_compiled_step_says_the_same(
     architecture: str, tiny_models: dict[str, LoadedModel], make_engine: MakeEngine
 ) -> None:
     """It attends to the same slots; sliding layers keep their window of them."""
-    torch._dynamo.reset()
     model = tiny_models[architecture]
     plain, compiled = make_engine(model), make_engine(model, prefill_chunk=8, compiled={"backend": "eager"})
     prefix, text = prefix_of_tokens(model, ids_of(SLOTS, 5, 300)), ids_of(21, 6, 300)
     assert say(compiled, text, prefix).token_ids == say(plain, text, prefix).token_ids
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_oss"])
