@@ -140,7 +140,8 @@ def _kill_loop(tmp_path: Path, rounds: int) -> None:
     try:
         server.wait_ready()
         assert acknowledged.items() <= _history(server).items()
-        _pause(server, kernel)  # a trainer publishes and removes checkpoints between two looks
+        for one in server.json("GET", "/olympus/kernels")["kernels"]:  # the first one, which the server spawned, too
+            _pause(server, one["kernel_id"])  # a trainer publishes and removes checkpoints between two looks
         checkpoints = server.json("GET", f"/olympus/kernels/{kernel}/checkpoints")["checkpoints"]
         on_disk = {path.name for path in (tmp_path / "kernels" / kernel).iterdir() if path.name.startswith("step-")}
         assert {item["id"] for item in checkpoints} <= on_disk
