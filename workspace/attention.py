@@ -27,7 +27,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from workspace.attention_backends import Base, Call, Placed, attention_mass, eager, fused, merge, placed, stock_eager
 from workspace.context import Backend, Context, Recorder
 from workspace.errors import InvalidWorkspace
-from workspace.packed import packed, packed_attention
+from workspace.packed import packed_attention
 from workspace.rope import LayerRope
 from workspace.row_batch import RowBatch
 from workspace.traced import Traced, attend
@@ -137,16 +137,12 @@ def attend_rows(
     """
     layer: int = module.layer_idx  # type: ignore[assignment]
     acting = dict(batch.on(layer))
-    seen = batch.rows.seen(layer)
     plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
     scaling = kwargs["scaling"] = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    rows, width = query.shape[0], query.shape[-1]
     if plain and not acting:
-        grouped = query.reshape(rows, seen[0][0].shape[1], -1, width)  # [R, H, G, D]
-        outputs = [packed(one, *pair, scaling) for one, pair in zip(grouped.chunk(rows), seen, strict=True)]
-        return torch.cat(outputs).reshape(rows, 1, -1, seen[0][1].shape[-1])
+        return batch.rows.attended(layer, query, scaling)
     outputs = []
-    for row, (one, (key, value)) in enumerate(zip(query.chunk(rows), seen, strict=True)):
+    for row, (one, (key, value)) in enumerate(zip(query.chunk(len(query)), batch.rows.seen(layer), strict=True)):
         own = {**kwargs, "position_ids": kwargs["position_ids"][row : row + 1]}
         if workspace_back is not None:
             own["workspace_back"] = tuple(factor[row : row + 1] for factor in workspace_back)

@@ -105,7 +105,7 @@ class Engine:
         self._store = PrefixCache(prefix_cache_bytes, block) if prefix_cache_bytes else None
         self._stepper = Stepper(
             loaded,
-            Forward(loaded, compiled),
+            Forward(loaded, compiled, rows=1 if batching == "exact" else max_active),
             prefill_chunk=prefill_chunk,
             batching=batching,
             store=self._store,

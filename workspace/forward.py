@@ -23,6 +23,7 @@ from workspace.context import Context
 from workspace.models import LoadedModel
 from workspace.row_batch import RowBatch
 from workspace.row_cache import RowCache, Rows
+from workspace.row_slab import Slabs
 
 logger = logging.getLogger(__name__)
 
@@ -94,11 +95,15 @@ class Row:
 
 
 class Forward:
-    """Runs the model; holds no state besides it, so it may be shared."""
+    """Runs the model; holds nothing besides it but the memory of its caches, so it may be shared.
 
-    def __init__(self, loaded: LoadedModel, compiled: CompileOptions | None = None):
+    ``rows``: how many sequences have caches at a time whose attention can be computed as one (``row_slab.py``).
+    """
+
+    def __init__(self, loaded: LoadedModel, compiled: CompileOptions | None = None, *, rows: int = 8):
         self._model = loaded.model
         self._device = loaded.device
+        self._slabs = Slabs(rows) if rows > 1 and loaded.device.type == "cpu" else None
         parameters = inspect.signature(loaded.model.forward).parameters
         self._takes_positions = "position_ids" in parameters  # models with ALiBi have none
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
@@ -110,7 +115,7 @@ class Forward:
 
         It grows by itself, from room for ``soon`` tokens on.
         """
-        return RowCache(self._model.config, room=tokens if soon is None else min(tokens, soon))
+        return RowCache(self._model.config, tokens if soon is None else min(tokens, soon), self._slabs)
 
     def __call__(self, token_ids: Sequence[int], cache: Cache, start: int, extra: Mapping[str, Any]) -> torch.Tensor:
         """Append ``token_ids`` at positions from ``start`` to ``cache``; logits of the last one, [V] in float32."""

@@ -52,6 +52,18 @@ def packed_attention(
     return seen.reshape(1, 1, -1, value.shape[-1]), None
 
 
+def packed_rows(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scaling: float) -> Tensor:
+    """Several rows at once: ``query`` [S, H, G, D] over ``key`` and ``value`` [S, H, N, D], to [S, H, G, D].
+
+    ``hidden`` [S, 1, 1, N] in float32 is added to the scores: 0, or minus infinity for what a row does not see.
+    """
+    rows, heads, group, width = query.shape
+    scores = torch.bmm(key.flatten(0, 1), query.reshape(rows * heads, group, width).transpose(1, 2))  # [S * H, N, G]
+    scores = torch.add(hidden, scores.view(rows, heads, -1, group).transpose(2, 3), alpha=scaling)  # in float32
+    weights = torch.softmax(scores, dim=-1).to(value.dtype)  # [S, H, G, N]
+    return torch.bmm(weights.flatten(0, 1), value.flatten(0, 1)).view(rows, heads, group, -1)
+
+
 def _is_long(query: Tensor, key: Tensor) -> bool:
     few = query.shape[2] <= _FEW
     return key.shape[2] >= _LONG and few and query.dtype == torch.bfloat16 and query.device.type == "cpu"

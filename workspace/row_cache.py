@@ -4,19 +4,17 @@ transformers' dynamic cache concatenates: every token copies all keys and values
 buffer with room at its end, and what attention sees is a view of it. A layer with a sliding window keeps the last
 ``window - 1`` tokens, as the stock one does, and moves them to a new buffer when the old one is full.
 
-``Rows`` stands for the caches of several sequences while a pass takes one token of each: nothing is padded, copied
-together or shared, so sequences of any lengths join and leave a batch without cost. It writes behind the end of each
-cache, and only ``commit`` says that this counts: a pass that fails half way leaves every cache as it was.
-
-Measured (SmolLM2's 9 query and 3 key-value heads of 64, bfloat16, one thread of a busy EPYC, microseconds for the
-attention of 8 rows in one layer): one call per row 100 | 381 | 1462 at 64 | 512 | 2000 tokens in each row, one call
-over a padded batch with its mask 74 | 374 | 2634. So rows of their own cost nothing, and no row pays for the longest.
+``Rows`` stands for the caches of several sequences while a pass takes one token of each: nothing is copied together,
+so sequences of any lengths join and leave a batch without cost. It writes behind the end of each cache, and only
+``commit`` says that this counts: a pass that fails half way leaves every cache as it was. On a CPU the buffers of
+several sequences lie in one tensor where there is room (``row_slab.py``): those attend as one where that is quicker.
 
 Shapes: R rows, H key-value heads, T tokens of a pass, N tokens a layer holds, D head size.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +27,9 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     get_layer_types_and_kwargs,
 )
+
+from workspace.packed import packed
+from workspace.row_slab import Group, Slabs, chosen
 
 #: Tokens of room that a buffer has at least when it is made anew.
 _ROOM = 256
@@ -53,7 +54,19 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
         self._start = self._end = self._capacity = 0
         self._ahead: tuple[tuple[Tensor, Tensor], ...] = ()  # places of single tokens, from ``_ahead_from`` on
         self._ahead_from = 0
+        self._home: tuple[Slabs, int, int] | None = None  # with the number of the layer, and its place
+        self.place = -1  #: in the slabs, while the buffers are part of them
+        self._left_at = 0  # tokens that were written there before they no longer were
         super().__init__()
+
+    def settle(self, slabs: Slabs, layer: int, place: int) -> None:
+        """Have buffers in ``slabs``, as this ``layer``, while there is room for all that it holds."""
+        self._home = slabs, layer, place
+
+    @property
+    def used(self) -> int:
+        """Tokens that were ever written to its place."""
+        return self._left_at if self.place < 0 else max(self._left_at, self._end + 1)
 
     # What transformers asks of a layer.
 
@@ -90,6 +103,7 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything."""
+        self._leave()
         self._buffers, self._assigned = None, False
         self._start = self._end = self._capacity = self.cumulative_length = 0
         self._ahead, self._ahead_from = (), 0
@@ -122,10 +136,10 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
         assert self._buffers is not None
         for buffer, added in zip(self._buffers, (key, value), strict=True):
             buffer.narrow(2, self._end, count).copy_(added)
-        return self._seen(count)
+        return self.seen(count)
 
-    def place(self, key: Tensor, value: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Where one token [1, H, 1, D] is to be put, two tensors [1, H, D], and what it sees once it is there."""
+    def next(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Where one token [1, H, 1, D] is to be put: two tensors [1, H, D]."""
         if self._end == self._capacity:
             self._make_room(key, value)
         assert self._buffers is not None
@@ -133,9 +147,15 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
             count = min(_AHEAD, self._capacity - self._end)
             keys, values = (buffer.narrow(2, self._end, count).unbind(2) for buffer in self._buffers)
             self._ahead, self._ahead_from = tuple(zip(keys, values, strict=True)), self._end
-        return self._ahead[self._end - self._ahead_from], self._seen(1)
+        return self._ahead[self._end - self._ahead_from]
 
-    def _seen(self, count: int) -> tuple[Tensor, Tensor]:
+    @property
+    def end(self) -> int:
+        """Where in the buffers the next token goes."""
+        return self._end
+
+    def seen(self, count: int = 1) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, H, N, D] that the last of ``count`` tokens sees, which are written and not committed."""
         assert self._buffers is not None
         keys, values = self._buffers
         start, length = self._start, self._end + count - self._start
@@ -174,15 +194,31 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
             capacity = needed + _ROOM
         else:  # a half more, so that a long answer copies what is before it seldom
             capacity = max(self._room, needed + max(_ROOM, needed // 2) if self._capacity else needed)
-        made = []
-        for index, like in enumerate((key, value)):
-            buffer = like.new_empty((1, like.shape[1], capacity, like.shape[3]))
-            if self._buffers is not None:
-                buffer[:, :, :held] = self._buffers[index][:, :, self._start : self._end]
-            made.append(buffer)
-        self._buffers, self._assigned = (made[0], made[1]), False
-        self._start, self._end, self._capacity = 0, held, capacity
+        made = self._housed(key, value, needed)
+        if made is None:
+            shapes = [(1, like.shape[1], capacity, like.shape[3]) for like in (key, value)]
+            made = key.new_empty(shapes[0]), value.new_empty(shapes[1])
+        if self._buffers is not None:
+            for buffer, old in zip(made, self._buffers, strict=True):
+                buffer[:, :, :held] = old[:, :, self._start : self._end]
+        self._buffers, self._assigned = made, False
+        self._start, self._end, self._capacity = 0, held, made[0].shape[2]
         self._ahead, self._ahead_from = (), held
+
+    def _housed(self, key: Tensor, value: Tensor, needed: int) -> tuple[Tensor, Tensor] | None:
+        """Its part of the slabs, where it may be there; otherwise it is there no longer."""
+        first = self._buffers is None  # later its own tokens, or somebody else's tensors, would be in the way
+        self._leave()
+        if self._home is None or not first:
+            return None
+        slabs, layer, place = self._home
+        made = None if max(needed, self._room) > slabs.tokens else slabs.part(layer, place, key, value)
+        if made is not None:
+            self.place = place
+        return made
+
+    def _leave(self) -> None:
+        self._left_at, self.place = self.used, -1
 
     def _part(self, which: int) -> Tensor | None:
         if self._buffers is None:
@@ -198,6 +234,7 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
         other = self._part(1 - which)
         if other is None:
             other = tensor
+        self._leave()
         self._buffers = (tensor, other) if which == 0 else (other, tensor)
         self._assigned = True
         self._start, self._end, self._capacity = 0, tensor.shape[2], tensor.shape[2]
@@ -207,16 +244,25 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
 class RowCache(DynamicCache):  # type: ignore[misc]
     """The cache of one sequence, with the layers that the configuration asks for. ``room``: tokens expected at first.
 
+    With ``slabs`` it has a place there, if one is free, until it is gone.
     Layers of kinds that are neither full nor sliding attention stay what transformers makes of them; such a cache
     cannot be a row of several (``batchable``).
     """
 
     layers: list[Any]
 
-    def __init__(self, config: Any, room: int = _ROOM):
+    def __init__(self, config: Any, room: int = _ROOM, slabs: Slabs | None = None):
         super().__init__(config=config)
         kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         self.layers = [_row_layer(kind, layer, room) for kind, layer in zip(kinds, self.layers, strict=True)]
+        self.slabs = slabs
+        place = None if slabs is None else slabs.take()
+        if slabs is not None and place is not None:
+            settled = [layer for layer in self.layers if type(layer) is RowLayer and not layer.is_sliding]
+            for index, layer in enumerate(self.layers):
+                if layer in settled:
+                    layer.settle(slabs, index, place)
+            weakref.finalize(self, _give_back, slabs, place, settled).atexit = False
 
     @property
     def batchable(self) -> bool:
@@ -240,34 +286,71 @@ class Rows(Cache):  # type: ignore[misc]
     def __init__(self, caches: Sequence[RowCache]):
         super().__init__(layers=[])
         self._caches = tuple(caches)
-        self._seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        slabs = {cache.slabs for cache in self._caches} - {None}
+        self._slabs = slabs.pop() if len(slabs) == 1 else None
+        self._groups: dict[int, Group | None] = {}
+        self._last: tuple[tuple[int, ...], Group | None] | None = None  # places and ends, and what follows from them
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Give each cache its row of [R, H, 1, D]; what rows see is asked for with ``seen``."""
-        first = key_states[:1], value_states[:1]
-        places = [cache.layers[layer_idx].place(*first) for cache in self._caches]
-        # All copies in one call: each by itself would take longer to call than to do.
-        count = len(self._caches)
-        sources = zip(key_states.squeeze(2).chunk(count), value_states.squeeze(2).chunk(count), strict=True)
-        torch._foreach_copy_([part for to, _ in places for part in to], [part for pair in sources for part in pair])
-        self._seen[layer_idx] = [seen for _, seen in places]
+        """Give each cache its row of [R, H, 1, D]; what rows see is asked for with ``seen``, or not at all."""
+        layers: list[RowLayer] = [cache.layers[layer_idx] for cache in self._caches]
+        group = self._groups[layer_idx] = self._group(layers)
+        alone: Sequence[int] = range(len(layers))
+        if group is not None and self._slabs is not None:
+            group.write(self._slabs.layer(layer_idx), key_states, value_states)
+            alone = group.alone
+        if alone:
+            first = key_states[:1], value_states[:1]
+            # All copies in one call: each by itself would take longer to call than to do.
+            keys, values = (states.squeeze(2).chunk(len(layers)) for states in (key_states, value_states))
+            targets = [part for row in alone for part in layers[row].next(*first)]
+            torch._foreach_copy_(targets, [part for row in alone for part in (keys[row], values[row])])
         return key_states, value_states
+
+    def _group(self, layers: Sequence[RowLayer]) -> Group | None:
+        """Of layers that lie alike, as nearly all of a model do, it is found once."""
+        if self._slabs is None or len(layers) == 1:
+            return None
+        places, ends = [layer.place for layer in layers], [layer.end for layer in layers]
+        lie = (*places, *ends)
+        if self._last is None or self._last[0] != lie:
+            self._last = lie, chosen(places, ends, self._slabs.tokens)
+        return self._last[1]
 
     def update_one(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """``update`` and ``seen`` for the only row [1, H, 1, D], in as few calls as can be."""
         (cache,) = self._caches
         own: RowLayer = cache.layers[layer]
-        (to_key, to_value), seen = own.place(key, value)
+        to_key, to_value = own.next(key, value)
         to_key.copy_(key.squeeze(2))
         to_value.copy_(value.squeeze(2))
-        self._seen[layer] = [seen]
-        return seen
+        return own.seen()
 
     def seen(self, layer: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values [1, H, N, D] that each row's token sees, after ``update``."""
-        return self._seen[layer]
+        return [cache.layers[layer].seen() for cache in self._caches]
+
+    def attended(self, layer: int, query: Tensor, scaling: float) -> Tensor:
+        """Attention of each row to what it sees, after ``update``: ``query`` [R, Hq, 1, D] to [R, 1, Hq, D]."""
+        group, rows = self._groups[layer], query.shape[0]
+        alone: Sequence[int] = range(rows) if group is None else group.alone
+        seen: list[tuple[Tensor, Tensor]] = [self._caches[row].layers[layer].seen() for row in alone]
+        if group is None or self._slabs is None:
+            grouped = query.reshape(rows, seen[0][0].shape[1], -1, query.shape[-1])  # [R, H, G, D]
+            parts = [packed(one, *pair, scaling) for one, pair in zip(grouped.chunk(rows), seen, strict=True)]
+            return torch.cat(parts).reshape(rows, 1, -1, seen[0][1].shape[-1])
+        slab = self._slabs.layer(layer)
+        grouped = query.reshape(rows, slab[0].shape[1], -1, query.shape[-1])
+        shared = group.attend(slab, grouped, scaling)
+        if not alone:
+            return shared.reshape(rows, 1, -1, shared.shape[-1])
+        out = shared.new_empty(rows, *shared.shape[1:])
+        out[list(group.rows)] = shared
+        for row, pair in zip(alone, seen, strict=True):
+            out[row] = packed(grouped[row : row + 1], *pair, scaling)[0]
+        return out.reshape(rows, 1, -1, shared.shape[-1])
 
     def commit(self) -> None:
         """The pass is done: its tokens are part of their sequences."""
@@ -284,6 +367,10 @@ class Rows(Cache):  # type: ignore[misc]
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Only they."""
         return query_length, 0
+
+
+def _give_back(slabs: Slabs, place: int, layers: Sequence[RowLayer]) -> None:
+    slabs.give_back(place, max((layer.used for layer in layers), default=0))
 
 
 def _row_layer(kind: str, layer: Any, room: int) -> Any:
