@@ -25,7 +25,10 @@ _Moment = Annotated[float, Field(ge=0, le=1e11, description="UTC seconds since t
 class KeyBody(Body):
     """``POST /olympus/keys``: without ``expires_in_days`` the key is good until it is revoked."""
 
-    name: Annotated[str, StringConstraints(min_length=1, max_length=100, strip_whitespace=True, pattern=r"^[^\x00]*\z")]
+    name: Annotated[
+        str,
+        StringConstraints(min_length=1, max_length=100, strip_whitespace=True, pattern=r"^[^\x00]*[^\s\x00][^\x00]*\z"),
+    ]
     scopes: Annotated[tuple[Scope, ...], Field(min_length=1, max_length=len(SCOPES))]
     expires_in_days: Annotated[float, Field(gt=0, le=3650)] | None = None
 

@@ -174,18 +174,24 @@ def _of_query(model: type[BaseModel] | None) -> list[dict[str, Any]]:
     schema = model.model_json_schema(schema_generator=_Schemas)
     needed = schema.get("required", ())
     return [
-        {"name": name, "in": "query", "required": name in needed, "schema": _without_null(told)}
+        {"name": name, "in": "query", "required": name in needed, "schema": _in_query(name, told)}
         for name, told in schema["properties"].items()
     ]
 
 
-def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """A query has no null: a parameter is there or not. No text in it may hold a NUL."""
+def _in_query(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """A query has no null: a parameter is there or not. What is not looked at is text, as all is in a query, or many.
+
+    No text in it may hold a NUL.
+    """
+    text = {"pattern": r"^[^\x00]*$", "type": "string"}
     kept = {name: value for name, value in schema.items() if name not in ("title", "default")}
     default = {} if schema.get("default") is None else {"default": schema["default"]}
     options = [option for option in kept.pop("anyOf", ()) if option.get("type") != "null"]
     told = kept | (options[0] if len(options) == 1 else {"anyOf": options} if options else {}) | default
-    return {"pattern": r"^[^\x00]*$"} | told if told.get("type") == "string" and "enum" not in told else told
+    if not told.keys() - {"description"}:
+        return told | ({"type": "array", "items": text} if name.endswith("[]") else text)
+    return {"pattern": text["pattern"]} | told if told.get("type") == "string" and "enum" not in told else told
 
 
 def _responses(

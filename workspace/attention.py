@@ -133,22 +133,32 @@ def attend_rows(
 ) -> Tensor:
     """Each row's token to its own cache, ``query`` [R, Hq, 1, D] to [R, 1, Hq, D].
 
-    All rows take the packed kernel, unless the architecture has sinks or a soft cap.
+    Rows that lie beside each other attend as one where that is quicker. The others take the packed kernel, unless the
+    architecture has sinks or a soft cap. A row that carries something for this layer is computed alone.
     """
     layer: int = module.layer_idx  # type: ignore[assignment]
     acting = dict(batch.on(layer))
-    plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     scaling = kwargs["scaling"] = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    if plain and not acting:
-        return batch.rows.attended(layer, query, scaling)
-    outputs = []
-    for row, (one, (key, value)) in enumerate(zip(query.chunk(len(query)), batch.rows.seen(layer), strict=True)):
+    found: dict[int, Tensor] = {}
+    group = batch.rows.group(layer) if softcap is None else None
+    if group is not None and 2 * sum(row in acting for row in group.rows) <= len(group.rows):
+        shared = batch.rows.attend(group, layer, query, scaling, sinks)
+        if not group.alone and not acting:
+            return shared
+        found = dict(zip(group.rows, shared.chunk(len(shared)), strict=True))
+    alone = [row for row in range(len(query)) if row in acting or row not in found]
+    queries, plain = query.chunk(len(query)), softcap is None and sinks is None
+    for row, (key, value) in zip(alone, batch.rows.seen(layer, alone), strict=True):
+        if plain and row not in acting:
+            found[row] = packed_attention(module, queries[row], key, value, None, scaling=scaling)[0]
+            continue
         own = {**kwargs, "position_ids": kwargs["position_ids"][row : row + 1]}
         if workspace_back is not None:
             own["workspace_back"] = tuple(factor[row : row + 1] for factor in workspace_back)
         own |= {"base": "sdpa", "pack": True} if plain else {"base": base}
-        outputs.append(workspace_attention(module, one, key, value, None, workspace=acting.get(row), **own)[0])
-    return torch.cat(outputs)
+        found[row] = workspace_attention(module, queries[row], key, value, None, workspace=acting.get(row), **own)[0]
+    return torch.cat([found[row] for row in range(len(query))])
 
 
 def _record(recorder: Recorder, layer: int, call: Call, ready: Placed | None) -> None:

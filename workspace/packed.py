@@ -52,15 +52,23 @@ def packed_attention(
     return seen.reshape(1, 1, -1, value.shape[-1]), None
 
 
-def packed_rows(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scaling: float) -> Tensor:
+def packed_rows(
+    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scaling: float, sinks: Tensor | None = None
+) -> Tensor:
     """Several rows at once: ``query`` [S, H, G, D] over ``key`` and ``value`` [S, H, N, D], to [S, H, G, D].
 
     ``hidden`` [S, 1, 1, N] in float32 is added to the scores: 0, or minus infinity for what a row does not see.
+    ``sinks`` [H * G]: logits that take their share and give nothing (gpt-oss).
     """
     rows, heads, group, width = query.shape
     scores = torch.bmm(key.flatten(0, 1), query.reshape(rows * heads, group, width).transpose(1, 2))  # [S * H, N, G]
     scores = torch.add(hidden, scores.view(rows, heads, -1, group).transpose(2, 3), alpha=scaling)  # in float32
+    if sinks is not None:
+        apart = sinks.view(heads, group, 1).to(scores.dtype).expand(rows, -1, -1, 1)
+        scores = torch.cat((scores, apart), dim=-1)
     weights = torch.softmax(scores, dim=-1).to(value.dtype)  # [S, H, G, N]
+    if sinks is not None:
+        weights = weights[..., :-1]
     return torch.bmm(weights.flatten(0, 1), value.flatten(0, 1)).view(rows, heads, group, -1)
 
 

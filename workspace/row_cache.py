@@ -28,7 +28,6 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from workspace.packed import packed
 from workspace.row_slab import Group, Slabs, chosen
 
 #: Tokens of room that a buffer has at least when it is made anew.
@@ -328,29 +327,18 @@ class Rows(Cache):  # type: ignore[misc]
         to_value.copy_(value.squeeze(2))
         return own.seen()
 
-    def seen(self, layer: int) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values [1, H, N, D] that each row's token sees, after ``update``."""
-        return [cache.layers[layer].seen() for cache in self._caches]
+    def seen(self, layer: int, rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [1, H, N, D] that the token of each of ``rows`` sees, after ``update``."""
+        return [self._caches[row].layers[layer].seen() for row in rows]
 
-    def attended(self, layer: int, query: Tensor, scaling: float) -> Tensor:
-        """Attention of each row to what it sees, after ``update``: ``query`` [R, Hq, 1, D] to [R, 1, Hq, D]."""
-        group, rows = self._groups[layer], query.shape[0]
-        alone: Sequence[int] = range(rows) if group is None else group.alone
-        seen: list[tuple[Tensor, Tensor]] = [self._caches[row].layers[layer].seen() for row in alone]
-        if group is None or self._slabs is None:
-            grouped = query.reshape(rows, seen[0][0].shape[1], -1, query.shape[-1])  # [R, H, G, D]
-            parts = [packed(one, *pair, scaling) for one, pair in zip(grouped.chunk(rows), seen, strict=True)]
-            return torch.cat(parts).reshape(rows, 1, -1, seen[0][1].shape[-1])
-        slab = self._slabs.layer(layer)
-        grouped = query.reshape(rows, slab[0].shape[1], -1, query.shape[-1])
-        shared = group.attend(slab, grouped, scaling)
-        if not alone:
-            return shared.reshape(rows, 1, -1, shared.shape[-1])
-        out = shared.new_empty(rows, *shared.shape[1:])
-        out[list(group.rows)] = shared
-        for row, pair in zip(alone, seen, strict=True):
-            out[row] = packed(grouped[row : row + 1], *pair, scaling)[0]
-        return out.reshape(rows, 1, -1, shared.shape[-1])
+    def group(self, layer: int) -> Group | None:
+        """The rows whose attention is quicker as one, after ``update``; one row is none."""
+        return self._groups.get(layer)
+
+    def attend(self, group: Group, layer: int, query: Tensor, scaling: float, sinks: Tensor | None) -> Tensor:
+        """Of the rows of ``group`` among ``query`` [R, Hq, 1, D]: [len(group.rows), 1, Hq, D]."""
+        assert self._slabs is not None
+        return group.attend(self._slabs.layer(layer), query, scaling, sinks)
 
     def commit(self) -> None:
         """The pass is done: its tokens are part of their sequences."""

@@ -137,12 +137,14 @@ class Group:
             width = whole.shape[3]
             whole.view(-1, width).index_copy_(0, self._targets[heads], own.reshape(-1, width))
 
-    def attend(self, slab: tuple[Tensor, Tensor], query: Tensor, scaling: float) -> Tensor:
-        """``query`` [R, H, G, D] over what each row has: [len(rows), H, G, D]."""
+    def attend(self, slab: tuple[Tensor, Tensor], query: Tensor, scaling: float, sinks: Tensor | None = None) -> Tensor:
+        """``query`` [R, H * G, 1, D] over what each of ``rows`` has: [len(rows), 1, H * G, D]."""
         keys, values = (whole.narrow(0, self.first, self.span).narrow(2, 0, self.tokens) for whole in slab)
-        asked = query if self.spread is None else query.index_select(0, self.spread)
-        out = packed_rows(asked, keys, values, self.hidden, scaling)
-        return out if self.gathered is None else out.index_select(0, self.gathered)
+        grouped = query.reshape(len(query), keys.shape[1], -1, query.shape[-1])  # [R, H, G, D]
+        asked = grouped if self.spread is None else grouped.index_select(0, self.spread)
+        out = packed_rows(asked, keys, values, self.hidden, scaling, sinks)
+        own = out if self.gathered is None else out.index_select(0, self.gathered)
+        return own.reshape(len(self.rows), 1, -1, own.shape[-1])
 
 
 def chosen(places: Sequence[int], ends: Sequence[int], room: int) -> Group | None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+
+from benchmarks.distillation_parts.eviction import Continuing, evicted, repeated
 from benchmarks.distillation_parts.house import House, ask
 from benchmarks.distillation_parts.rivals import nearest, summary, truncated
 from lm.types import LanguageModel
 from memory.distillation.config import CacheInit, TrainingConfig
-from memory.distillation.evaluation import ArmResult
+from memory.distillation.evaluation import ArmResult, measure_arm
 from memory.distillation.initialisers import initial_prefix
 from workspace.models import LoadedModel
 from workspace.prefix import KVPrefix
 
 SLOTS = 64
+KEPT = 512  #: tokens of the long prompt after a gentler eviction
 SHOWN = 60  #: experiences in the long prompt
 QUESTIONS = 90
 STEPS = 150
@@ -50,6 +54,17 @@ def answers(
         f"last {SLOTS} tokens": ask(loaded, "last tokens", house, truncated(house, loaded, SLOTS, first=False)),
         "summary": ask(loaded, "summary", house, summarised),
         "8 nearest (BM25)": ask(loaded, "nearest", house, nearest(house)),
+        f"evicted to {SLOTS}": _evicted(loaded, house, SLOTS),
+        f"evicted to {KEPT}": _evicted(loaded, house, KEPT),
         "cartridge, untrained": ask(loaded, "untrained", house, prefix=init),
         "cartridge": ask(loaded, "cartridge", house, prefix=trained),
     }
+
+
+def _evicted(loaded: LoadedModel, house: House, slots: int) -> ArmResult:
+    """The long prompt's questions, the prompt before them being what is left of its keys and values."""
+    print(f"  asking: evicted to {slots}", file=sys.stderr, flush=True)
+    text, again = repeated(loaded, house.after(house.shown, "")[:-1])
+    prefix = evicted(loaded, text, again, slots)
+    prompts = [list(question.teacher) for question in house.questions]
+    return measure_arm(loaded, Continuing(loaded, text), f"evicted to {slots}", prefix, prompts, house.questions)

@@ -105,8 +105,9 @@ def test_rows_of_any_lengths_get_the_logits_of_single_passes(name: str, base: st
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
-def test_contexts_act_on_their_own_rows_only(name: str) -> None:
-    """Virtual tokens, deltas and probes of three rows, beside one without: each as if it were alone."""
+@pytest.mark.parametrize("others", [1, 4])
+def test_contexts_act_on_their_own_rows_only(others: int, name: str) -> None:
+    """Virtual tokens, deltas and probes of three rows, beside some without: each as if it were alone."""
     hooked = hooked_model(name)
     forward = Forward(hooked.loaded)
     vectors = torch.randn(3, hooked.hidden_size, generator=torch.Generator().manual_seed(1))
@@ -118,9 +119,10 @@ def test_contexts_act_on_their_own_rows_only(name: str) -> None:
             None,
             Context(deltas=deltas, recorder=Recorder(hooked.layers[:1])),
             Context(segments(hooked, tokens=3), deltas, recorder=Recorder(hooked.layers)),
+            *[None] * (others - 1),
         ]
 
-    prompts = [[5, 6, 7], [8] * 12, [9, 10], [11] * 7]
+    prompts = [[5, 6, 7], [8] * 12, [9, 10], [11] * 7, [12] * 5, [13] * 9, [14, 15]][: 3 + others]
     with torch.inference_mode():
         alone, together = ([forward.new_cache() for _ in prompts] for _ in range(2))
         for caches in (alone, together):

@@ -22,20 +22,24 @@ SCALING = 0.3
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("with_sinks", [False, True])
 @torch.inference_mode()
-def test_rows_attend_to_what_each_sees(group: int, dtype: torch.dtype, bound: float) -> None:
+def test_rows_attend_to_what_each_sees(with_sinks: bool, group: int, dtype: torch.dtype, bound: float) -> None:
     torch.manual_seed(group)
     lengths = torch.tensor([1, 40, 17, 33])
     query = torch.randn(4, 2, group, 16).to(dtype)
     slab = [torch.randn(6, 2, 90, 16).to(dtype) for _ in range(2)]
     key, value = (whole.narrow(0, 1, 4).narrow(2, 0, 40) for whole in slab)  # views with gaps, as they are in use
     hidden = torch.zeros(4, 40).masked_fill_(torch.arange(40) >= lengths[:, None], -math.inf)[:, None, None]
-    found = packed_rows(query, key, value, hidden, SCALING)
+    sinks = torch.linspace(-1, 2, 2 * group) if with_sinks else None
+    found = packed_rows(query, key, value, hidden, SCALING, sinks)
     assert found.shape == query.shape
     assert found.dtype == dtype
     for row, length in enumerate(lengths):
         scores = query[row].double() @ key[row, :, :length].double().transpose(1, 2) * SCALING
-        wanted = torch.softmax(scores, -1) @ value[row, :, :length].double()
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.double().view(2, group, 1)), dim=-1)
+        wanted = torch.softmax(scores, -1)[..., :length] @ value[row, :, :length].double()
         assert (found[row].double() - wanted).norm() <= bound * wanted.norm()
 
 
