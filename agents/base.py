@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -29,7 +29,8 @@ from memory.history import NewExperience, Record
 class AgentConfig(BaseModel):
     """How an agent speaks and how far it looks back. Kinds ignore what they have no use for.
 
-    ``style``, ``system_prompt`` and ``merge_turns`` must be those that its cartridge was trained with. A small model
+    ``style``, ``system_prompt`` and ``merge_turns`` must be those that its cartridge was trained with, and what stands
+    beside it (``recent``, ``recent_choice``) should be (``data.recent_turns``, ``data.recent_choice``). A small model
     goes on as its prompt began: shown its own mistakes with their corrections, it repeats them (``apply_corrections``).
     """
 
@@ -45,7 +46,10 @@ class AgentConfig(BaseModel):
     max_prompt_tokens: int = Field(
         4096, ge=16, description="Longest prompt, if the model's context holds it; the oldest experiences go first."
     )
-    recent: int = Field(4, ge=0, description="Newest experiences in the prompt beside a cartridge (hybrid).")
+    recent: int = Field(4, ge=0, description="Experiences in the prompt beside a cartridge (hybrid).")
+    recent_choice: Literal["newest", "nearest"] = Field(
+        "newest", description="Which: the newest, or those whose words are nearest to the observation (hybrid)."
+    )
     neighbours: int = Field(8, ge=1, description="Nearest experiences in the prompt (knn).")
     stop: tuple[str, ...] = Field((), description="Texts that end an action.")
 

@@ -1,8 +1,11 @@
 """The agent that acts with a cartridge, lives on, and has itself distilled.
 
-It acts with the domain's cartridge and a few recent experiences in the prompt, appends every experience to the history
-and tells a trigger. What the trigger starts runs elsewhere; when a new version serves, the memory names it and the next
-act uses it: no restart, no pause. Before there is any cartridge it acts with the long prompt, as ``HistoryAgent`` does.
+It acts with the domain's cartridge and a few experiences in the prompt, appends every experience to the history and
+tells a trigger. What the trigger starts runs elsewhere; when a new version serves, the memory names it and the next act
+uses it: no restart, no pause. Before there is any cartridge it acts with the long prompt, as ``HistoryAgent`` does.
+
+The few are the newest, or those whose words are nearest to the observation (``recent_choice``): what has changed since
+the last distillation is then at hand at once, as ``KNNAgent`` has it, and the cartridge knows what they are for.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any, Self
 
 from agents.base import Act, AgentConfig, LoggingAgent, Speaker
 from agents.experience_log import ExperienceLog
+from agents.knn_agent import WordNearest
 from agents.kv_memory_agent import SYSTEM_PROMPT
 from lm.types import CartridgeRef, LanguageModel
 from memory.distillation.prompt_builder import as_corrected, student_messages
@@ -46,6 +50,7 @@ class HybridKVHistoryAgent(LoggingAgent):
         self.config = config or AgentConfig()
         self._speaker = Speaker(lm, self.config, SYSTEM_PROMPT)
         self._trigger = trigger
+        self._nearest = WordNearest(log)
 
     def swap(self, cartridge: CartridgeRef) -> None:
         """Act with ``cartridge`` from the next observation on: for triggers that report what came of a distillation.
@@ -73,25 +78,32 @@ class HybridKVHistoryAgent(LoggingAgent):
     def _answer(self, observation: str) -> Act:
         cartridges = self.memory.references()
         if not cartridges:
-            memory = self._remembered(self.log.records())
-            prompt = self._speaker.build(observation, memory)
+            prompt = self._speaker.build(observation, self._before_any_cartridge(observation))
             return self._speaker.say(prompt.teacher_messages, experiences=len(prompt.included))
-        recent = self._recent(self.config.recent)
+        beside = self._beside(observation)
         messages = student_messages(
             self.config.style,
             self._speaker.system_prompt,
             observation,
-            recent,
+            [as_corrected(record) for record in beside] if self.config.apply_corrections else beside,
             merge_turns=self.config.merge_turns,
         )
-        return self._speaker.say(messages, cartridges, len(recent))
+        return self._speaker.say(messages, cartridges, len(beside))
 
-    def _recent(self, count: int) -> list[Record]:
-        """The newest ``count`` experiences; one more is read, for one of this episode that does not count."""
+    def _before_any_cartridge(self, observation: str) -> list[Record]:
+        """What a cartridge will have beside it, where that is looked up; otherwise all, as ``HistoryAgent``."""
+        if self.config.recent_choice == "nearest" and self.config.recent:
+            return self._beside(observation)
+        return self._remembered(self.log.records())
+
+    def _beside(self, observation: str) -> list[Record]:
+        """The experiences for the prompt; one more is read, for one of this episode that does not count."""
+        count = self.config.recent
         if not count:
             return []
-        recent = self._remembered(self.log.records(count + 1))[-count:]
-        return [as_corrected(record) for record in recent] if self.config.apply_corrections else recent
+        if self.config.recent_choice == "nearest":
+            return self._remembered(self._nearest(observation, count + 1))[:count][::-1]
+        return self._remembered(self.log.records(count + 1))[-count:]
 
     def _write(self, item: NewExperience) -> None:
         super()._write(item)

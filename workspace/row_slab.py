@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import heapq
 import math
+import mmap
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -79,7 +79,7 @@ class Slabs:
             if layer not in self._layers:
                 try:
                     self._layers[layer] = self._made(key), self._made(value)
-                except MemoryError:
+                except OSError:  # no room for it in the address space, or by the rules of this machine
                     return None
             parts = []
             for whole, like in zip(self._layers[layer], (key, value), strict=True):
@@ -102,11 +102,14 @@ class Slabs:
             assert len(self._free) < self._count or not (self._layers or self._used)
 
     def _made(self, like: Tensor) -> Tensor:
-        """Zeros that take no memory yet: torch would write them."""
+        """Zeros that take no memory until they are written to, which those of torch and numpy do not promise."""
         shape = self._count, like.shape[1], self.tokens, like.shape[3]
-        raw = numpy.zeros(math.prod(shape) * like.element_size(), dtype=numpy.uint8)
+        size = math.prod(shape) * like.element_size()
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):  # with huge ones a first token would bring, and clear, two megabytes
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
         with torch.inference_mode(mode=False):  # a tensor made there could not be written to elsewhere
-            return torch.from_numpy(raw).view(like.dtype).view(shape)
+            return torch.frombuffer(pages, dtype=like.dtype).view(shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -156,8 +156,9 @@ class DataConfig(_Section):
         description="An experience counts half as much as one that is so many experiences newer, in training and at "
         "the gate: for conventions that change. null: all count alike.",
     )
-    recent_turns: int = Field(
-        0, ge=0, description="Newest experiences that the student sees too, as a hybrid agent does."
+    recent_turns: int = Field(0, ge=0, description="Experiences that the student sees too, as a hybrid agent does.")
+    recent_choice: Literal["newest", "nearest"] = Field(
+        "newest", description="Which: the newest, or those whose words are nearest to the observation (BM25)."
     )
     recent_share: float = Field(0.5, ge=0, le=1, description="Share of the rows in which it does.")
     self_study: SelfStudyConfig = Field(default_factory=SelfStudyConfig)

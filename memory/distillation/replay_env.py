@@ -14,6 +14,7 @@ from memory.distillation.config import DataConfig
 from memory.distillation.prompt_builder import Prompt, PromptBuilder
 from memory.distillation.strategies.base import MemoryFormationStrategy, Sample, chance
 from memory.history import Record
+from memory.recall import WordIndex
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class ReplayEnvironment:
         self.records = latest_by_content(newest) if config.latest_feedback_wins else newest
         self._strategy, self._builder, self._config, self._seed = strategy, builder, config, seed
         self._keys = {content_key(record.observation) for record in self.records}
+        self._words: WordIndex | None = None
         self._memory = self.records
         if config.strict_hold_out and config.hold_out == "observations":
             self._memory = [record for record in self.records if self.split(content_key(record.observation)) == "train"]
@@ -94,11 +96,21 @@ class ReplayEnvironment:
             yield self.item(sample)
 
     def _recent(self, sample: Sample, memory: Sequence[Record]) -> list[Record]:
-        """The newest of ``memory`` for the student's prompt, in the share of samples that have them."""
+        """Those of ``memory`` for the student's prompt, in the share of samples that have them."""
         most = self._config.recent_turns
         if not most or chance(self._seed, "recent", sample.key).random() >= self._config.recent_share:
             return []
+        if self._config.recent_choice == "nearest":
+            return self._nearest(sample.record.observation, {record.id for record in memory}, most)
         return sorted(memory, key=lambda record: record.id)[-most:]
+
+    def _nearest(self, observation: str, allowed: set[int], most: int) -> list[Record]:
+        """The ``most`` nearest of the experiences with ``allowed`` ids, the nearest last, as the agents show them."""
+        if self._words is None:
+            self._words = WordIndex([record.observation for record in self._memory])
+        best = self._words.best(observation, len(self._memory))
+        found = [self._memory[place] for place, _ in best if self._memory[place].id in allowed]
+        return found[:most][::-1]
 
 
 def split_of(key: str, eval_share: float) -> str:

@@ -123,6 +123,34 @@ def test_the_hybrid_agent_has_the_long_prompt_until_there_is_a_cartridge() -> No
     assert (act.experiences, act.cartridges) == (2, (ONE,))
 
 
+def test_the_hybrid_agent_can_look_up_what_stands_beside_the_cartridge() -> None:
+    lm, log, memory = Bookkeeper("TAG-7"), FileLog("bank"), KVCacheMemory()
+    for text in ("my card is lost", "the exchange rate of euros", "my card was stolen and lost", "top up failed"):
+        log.append(NewExperience(text, text.upper(), "bank", "test", feedback="Incorrect! The correct answer is X."))
+    config = AgentConfig(system_prompt="Tag it.", recent=2, recent_choice="nearest", apply_corrections=True)
+    agent = HybridKVHistoryAgent(lm, memory, log, config)
+    wanted = [
+        {"role": "system", "content": "Tag it."},
+        {"role": "user", "content": "my card is lost"},
+        {"role": "assistant", "content": "X"},
+        {"role": "user", "content": "my card was stolen and lost"},
+        {"role": "assistant", "content": "X"},
+        {"role": "user", "content": "stolen card and lost"},
+    ]
+    act = agent.act("stolen card and lost")
+    assert (lm.asked[0], act.cartridges, act.experiences) == (wanted, (), 2)
+    agent.observe(RIGHT)
+    agent.swap(ONE)
+    act = agent.act("a rate of euros")
+    assert [turn["content"] for turn in lm.asked[1][1:]] == ["the exchange rate of euros", "X", "a rate of euros"]
+    assert (act.cartridges, act.experiences) == ((ONE,), 1)
+    assert agent.act("nothing alike").experiences == 0
+    frozen = agent.clone_for_episode(training=False)
+    log.append(NewExperience("an umbrella", "wet", "bank", "test"))
+    assert frozen.act("my umbrella").messages[-2]["content"] == "X", "what came later is not known to it"
+    assert agent.act("my umbrella").messages[-2]["content"] == "wet"
+
+
 def test_the_knn_agent_shows_the_nearest_last() -> None:
     lm, log = Bookkeeper(), FileLog("bank")
     for text in ("my card is lost", "the exchange rate of euros", "my card was stolen and lost", "top up failed"):

@@ -7,6 +7,7 @@ import gc
 import math
 import random
 
+import psutil
 import pytest
 import torch
 
@@ -178,9 +179,33 @@ def test_memory_is_given_back_with_the_last_sequence() -> None:
     slabs.check_invariants()
 
 
+def test_memory_is_taken_as_it_is_written_to() -> None:
+    """Half a gigabyte of places, of which one is used."""
+    slabs, process = Slabs(64, tokens=8192), psutil.Process()
+    like = torch.zeros(1, 4, 1, 64)
+    before = process.memory_info().rss
+    place = slabs.take()
+    assert place is not None
+    part = slabs.part(0, place, like, like)
+    assert part is not None
+    assert slabs.layer(0)[0].nbytes == 64 * 4 * 8192 * 64 * 4
+    for tensor in part:
+        assert not tensor[:, :, :100].any()
+        tensor[:, :, :100] = 1
+    assert process.memory_info().rss - before < 20e6
+    slabs.give_back(place, 100)
+    with torch.inference_mode():
+        again = slabs.take(), slabs.take()
+        assert again == (0, 1)
+        for number in again:
+            fresh = slabs.part(0, number, like, like)
+            assert fresh is not None
+            assert not fresh[0].any()
+
+
 def test_a_machine_without_memory_for_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Slabs, like: torch.Tensor) -> torch.Tensor:
-        raise MemoryError
+        raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(Slabs, "_made", refuse)
     model = stock_model("llama", "sdpa")

@@ -66,6 +66,22 @@ def test_a_share_of_the_students_sees_recent_turns() -> None:
     assert set(len(i.prompt.student_messages) for i in environment(tagged(9), recent_turns=1, recent_share=1.0)) == {4}
 
 
+def test_the_student_can_be_shown_the_nearest_experiences_and_never_its_own() -> None:
+    texts = ["my card is lost", "euros for dollars", "the card was stolen", "a lost card", "top up"]
+    records = [record(number, text, f"a{number}", "Correct!") for number, text in enumerate(texts, start=1)]
+    items = list(environment(records, recent_turns=2, recent_share=1.0, recent_choice="nearest"))
+    said = {
+        item.sample.record.id: [turn["content"] for turn in item.prompt.student_messages if turn["role"] == "assistant"]
+        for item in items
+    }
+    assert said[1] == ["a3", "a4"]  # the nearest last
+    assert said[2] == []
+    assert "a4" not in said[4]
+    assert said[4] == ["a3", "a1"]
+    alone = environment(records, recent_turns=2, recent_share=0.0, recent_choice="nearest")
+    assert {len(item.prompt.student_messages) for item in alone} == {1}
+
+
 def test_the_split_is_by_content_and_has_about_its_share() -> None:
     keys = [content_key(f"observation {number}") for number in range(2000)]
     held_out = [key for key in keys if split_of(key, 0.15) == "eval"]
