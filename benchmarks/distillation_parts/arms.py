@@ -54,6 +54,7 @@ def answers(
         f"last {SLOTS} tokens": ask(loaded, "last tokens", house, truncated(house, loaded, SLOTS, first=False)),
         "summary": ask(loaded, "summary", house, summarised),
         "8 nearest (BM25)": ask(loaded, "nearest", house, nearest(house)),
+        "8 nearest, corrected": ask(loaded, "nearest, corrected", house, nearest(house, corrected=True)),
         f"evicted to {SLOTS}": _evicted(loaded, house, SLOTS),
         f"evicted to {KEPT}": _evicted(loaded, house, KEPT),
         "cartridge, untrained": ask(loaded, "untrained", house, prefix=init),

@@ -2,7 +2,8 @@
 
 truncated    as many of the first or last experiences as fit into as many tokens as the cartridge has slots
 summary      the model's own summary of the history, of at most as many tokens
-knn          the eight experiences whose words are nearest to the question, out of all of them (BM25)
+knn          the eight experiences whose words are nearest to the question, out of all of them (BM25); as they were
+             lived, and with the right answers in place of mistakes
 lora         a LoRA of equal bytes on queries and values, trained on the same rows for as many steps
 """
 
@@ -18,6 +19,7 @@ from benchmarks.distillation_parts.house import House, Message, observation
 from lm.types import LanguageModel
 from memory.distillation.config import TrainingConfig
 from memory.distillation.encoding import Encoder, Example
+from memory.distillation.prompt_builder import as_corrected
 from memory.distillation.rows import Row
 from memory.distillation.training_batches import rows_of_step
 from memory.history import Record
@@ -52,13 +54,14 @@ def summary(house: House, teacher: LanguageModel, tokens: int) -> tuple[str, lis
     return told.text, prompts
 
 
-def nearest(house: House) -> list[list[Message]]:
-    """The nearest experiences of each question, the nearest last."""
+def nearest(house: House, *, corrected: bool = False) -> list[list[Message]]:
+    """The nearest experiences of each question, the nearest last; ``corrected`` without mistakes and feedback."""
     index = WordIndex([record.observation for record in house.episodes])
     prompts = []
     for question in house.questions:
         found = [house.episodes[place] for place, _ in index.best(observation(question), NEIGHBOURS)]
-        prompts.append(house.after(found[::-1], observation(question)))
+        shown = [as_corrected(record) for record in found] if corrected else found
+        prompts.append(house.after(shown[::-1], observation(question)))
     return prompts
 
 
