@@ -257,10 +257,11 @@ class RowCache(DynamicCache):  # type: ignore[misc]
         self.slabs = slabs
         place = None if slabs is None else slabs.take()
         if slabs is not None and place is not None:
-            settled = [layer for layer in self.layers if type(layer) is RowLayer and not layer.is_sliding]
+            settled = []
             for index, layer in enumerate(self.layers):
-                if layer in settled:
+                if type(layer) is RowLayer and not layer.is_sliding:
                     layer.settle(slabs, index, place)
+                    settled.append(layer)
             weakref.finalize(self, _give_back, slabs, place, settled).atexit = False
 
     @property

@@ -2,9 +2,9 @@
 
 Real messages (banking77) that have to be tagged with arbitrary codes; after each answer the agent is told what would
 have been right. Arms: no memory, the full history in the prompt, a window of the newest, the nearest experiences, and
-the hybrid, which a server's own schedule distils by its triggers. After each phase all of them answer the same held-out
-questions with their memory frozen. One seed, the first that is given. All lives are lived side by side, the hybrid's on
-a server of its own.
+the hybrid, which has a few of the nearest beside its cartridge and is distilled by its server's own schedule. After
+each phase all of them answer the same held-out questions with their memory frozen. One seed, the first that is given.
+All lives are lived side by side, the hybrid's on a server of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from agents.kv_memory_agent import KVMemoryAgent
 from agents.over_http import OlympusServer
 from benchmarks.distillation_parts import stream_report as report
 from benchmarks.distillation_parts.house import load
-from benchmarks.distillation_parts.stream_hybrid import DOMAIN, FIRST_PROMPT, PATIENCE, HybridLife, Killed, settings
+from benchmarks.distillation_parts.stream_hybrid import BESIDE, DOMAIN, PATIENCE, HybridLife, Killed, settings
 from benchmarks.distillation_parts.stream_lives import ARMS, live, local_arms, own_history
 from benchmarks.distillation_parts.stream_swap import CLIENTS, Swapped, swap_under_clients
 from benchmarks.kernel_parts.common import MissingData, Options
@@ -35,6 +35,7 @@ from memory.distillation.config import make_distill_config
 from workspace.engine import Engine
 
 HYBRID = "hybrid"
+_GATE_PROMPT = 256  #: tokens; the long prompt that the gate compares with is at chance at any length
 _CACHE_BYTES = 1 << 30  #: of keys and values of prompts; the whole history are 0.15 GB in the end
 
 
@@ -42,12 +43,12 @@ _CACHE_BYTES = 1 << 30  #: of keys and values of prompts; the whole history are 
 class Size:
     """How long everything is."""
 
-    per_phase: int = 30
-    block: int = 10
+    per_phase: int = 60
+    block: int = 15
     questions: int = 4  #: held-out messages of each intent
-    every: int = 15  #: episodes between two distillations
-    steps: int = 45
-    asked: int = 8  #: questions of the gate at most
+    every: int = 30  #: episodes between two distillations
+    steps: int = 60
+    asked: int = 12  #: questions of the gate at most
     kill_in: int = 3  #: the run in which the server is killed
     swaps: int = 4
 
@@ -79,8 +80,16 @@ def preset(system_prompt: str, size: Size, seed: int) -> dict[str, Any]:
     wanted = {
         "system_prompt": system_prompt,
         "seed": seed,
-        "teacher": {"max_prompt_tokens": FIRST_PROMPT},
-        "data": {"targets": "feedback", "eval_share": 0.2, "half_life": 30, "apply_corrections": True},
+        "teacher": {"max_prompt_tokens": _GATE_PROMPT},
+        "data": {
+            "targets": "feedback",
+            "eval_share": 0.2,
+            "half_life": size.per_phase,
+            "apply_corrections": True,
+            "recent_turns": BESIDE,
+            "recent_choice": "nearest",
+            "recent_share": 1.0,
+        },
         "cache_init": {"type": "pretrained"},
         "training": {
             "slots": 64,
@@ -88,7 +97,7 @@ def preset(system_prompt: str, size: Size, seed: int) -> dict[str, Any]:
             "warmup_steps": min(5, size.steps - 1),
             "max_steps": size.steps,
             "rows": 8,
-            "max_tokens": 192,
+            "max_tokens": 384,
             "failure_weight": 1.0,
             "early_stop_patience": 0,
             "save_every": 10,
@@ -173,9 +182,9 @@ def told(
         [
             f"Seed {seed}; {size.per_phase} episodes a phase. Reward is 1 for the right code, 0 for any other answer. "
             "The prompts of all arms show right answers in place of their own mistakes. The full history is read "
-            "through the engine's cache of what prompts begin with. The hybrid acts with its cartridge alone, before "
-            f"there is one with at most {FIRST_PROMPT} tokens of history, and waits while it is distilled; a run "
-            f"trains {size.steps} steps of 8 rows, beginning with the cartridge that serves.",
+            "through the engine's cache of what prompts begin with. The hybrid acts with its cartridge and the "
+            f"{BESIDE} nearest experiences, before there is one with these alone, and waits while it is distilled; a "
+            f"run trains {size.steps} steps of 8 rows, which show the same, beginning with the cartridge that serves.",
             report.by_phase(scores, size.per_phase),
             f"Reward in blocks of {size.block} episodes, and in brackets the sum so far.",
             report.by_block(scores, size.block),

@@ -1,6 +1,7 @@
 """The hybrid's life: over HTTP on a server of its own, whose schedule distils it, and which is killed once meanwhile.
 
-The agent knows nothing of distillation: it acts with the cartridge that serves its domain and appends to the history.
+The agent knows nothing of distillation: it acts with the cartridge that serves its domain and a few experiences that it
+looks up, and appends to the history.
 After each episode it waits until a run that a trigger has started is over, so that the curve does not depend on how
 fast the machine trains; on a real server life goes on meanwhile.
 
@@ -23,7 +24,7 @@ from agents.environments.base import Environment
 from agents.episodes import EpisodeRunner, EpisodesConfig, Score
 from agents.over_http import OlympusServer, ServerLog
 from agents.registry import make_agent
-from benchmarks.distillation_parts.stream_lives import MAX_TOKENS
+from benchmarks.distillation_parts.stream_lives import MAX_TOKENS, NEIGHBOURS
 from cli.distill_cycle import CycleError, OwnServer, Tell
 from lm.openai_client import OpenAIClient
 from lm.transport import Patience, Transport
@@ -33,8 +34,8 @@ DOMAIN = "stream"
 _RUN_SECONDS = 7200.0
 #: A niced server on a busy machine takes its time, and an answer that is asked for twice is paid for twice.
 PATIENCE = Patience(timeout=900.0)
-#: Until there is a cartridge it acts with the long prompt, which is at chance at any length: a short one costs less.
-FIRST_PROMPT = 256
+#: Experiences that it is shown beside its cartridge, looked up by their words, and before there is one.
+BESIDE = NEIGHBOURS[1]
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,13 @@ class HybridLife:
 
     @property
     def agent_config(self) -> AgentConfig:
-        """The prompt that the cartridge is trained with: no turns beside it."""
+        """The prompt that the cartridge is trained with: the nearest experiences beside it."""
         return AgentConfig(
             system_prompt=self.environment.system_prompt,
             max_tokens=MAX_TOKENS,
-            max_prompt_tokens=FIRST_PROMPT,
             apply_corrections=True,
-            recent=0,
+            recent=BESIDE,
+            recent_choice="nearest",
         )
 
     def client(self) -> OpenAIClient:

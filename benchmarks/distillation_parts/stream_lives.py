@@ -28,23 +28,27 @@ from storage.models import Base
 from workspace.engine import Engine
 
 WINDOW = 4
-NEIGHBOURS = 8
+NEIGHBOURS = (8, 4)  #: the second is what the hybrid has beside its cartridge
 MAX_TOKENS = 8  #: of an action; the codes have up to six
-ARMS = 4
+ARMS = 5
 
 
 def local_arms(engines: Sequence[Engine], history: History, system_prompt: str) -> dict[str, MemoryAgent]:
     """The arms by name, each with an engine of ``ARMS`` and a domain of ``history`` of its own."""
-    config = AgentConfig(
-        system_prompt=system_prompt, max_tokens=MAX_TOKENS, neighbours=NEIGHBOURS, apply_corrections=True
-    )
+    config = AgentConfig(system_prompt=system_prompt, max_tokens=MAX_TOKENS, apply_corrections=True)
     whole = config.model_copy(update={"max_prompt_tokens": engines[0].loaded.context_length - MAX_TOKENS})
-    first, second, third, fourth = (EngineClient(engine, timeout=3600.0) for engine in engines)
+    first, second, third, *others = (EngineClient(engine, timeout=3600.0) for engine in engines)
+    nearest = {}
+    for count, lm in zip(NEIGHBOURS, others, strict=True):
+        own = config.model_copy(update={"neighbours": count})
+        nearest[f"{count} nearest (BM25)"] = make_agent(
+            "knn", lm, log=HistoryLog(history, f"nearest-{count}"), config=own
+        )
     return {
         "memoryless": make_agent("memoryless", first, log=FileLog("memoryless"), config=config),
         "full history": make_agent("history", second, log=HistoryLog(history, "full"), config=whole),
         f"newest {WINDOW}": make_agent("history", third, log=HistoryLog(history, "window", WINDOW), config=config),
-        f"{NEIGHBOURS} nearest (BM25)": make_agent("knn", fourth, log=HistoryLog(history, "nearest"), config=config),
+        **nearest,
     }
 
 

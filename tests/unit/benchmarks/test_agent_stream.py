@@ -99,7 +99,7 @@ def test_every_arm_lives_the_three_phases(engine: Engine, tmp_path: Path) -> Non
     with own_history(tmp_path) as history:
         arms = local_arms([engine] * ARMS, history, WORLD.system_prompt)
         lives = {name: live(agent, WORLD, tmp_path / str(n), EPISODES) for n, (name, agent) in enumerate(arms.items())}
-        assert history.domains().keys() == {"full", "window", "nearest"}
+        assert history.domains().keys() == {"full", "window", "nearest-8", "nearest-4"}
     for name, found in lives.items():
         trained = stream_report.lived(found)
         assert [item.group for item in trained] == ["A"] * 4 + ["B"] * 4 + ["A+B changed"] * 4, name
@@ -110,6 +110,7 @@ def test_every_arm_lives_the_three_phases(engine: Engine, tmp_path: Path) -> Non
     assert shown["full history"] == list(range(12))
     assert shown["newest 4"] == [*range(4), *[4] * 8]
     assert max(shown["8 nearest (BM25)"]) <= 8
+    assert max(shown["4 nearest (BM25)"]) <= 4
     assert engine.stats().cached_tokens > 0, "the growing prompt is not read anew every time"
     page = stream.told({stream.HYBRID: lives["memoryless"], **lives}, [], None, None, stream.Size(per_phase=4), 1)
     assert "hybrid minus" in page
