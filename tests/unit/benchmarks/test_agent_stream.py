@@ -185,7 +185,7 @@ def test_without_data_it_says_so() -> None:
 
 @pytest.mark.slow  # a server, and the lease of one that was killed
 def test_a_life_over_http_survives_a_kill(model: Path, tmp_path: Path) -> None:
-    size = stream.Size(per_phase=4, every=4, steps=30, kill_in=2)
+    size = stream.Size(per_phase=4, every=4, steps=120, kill_in=2)  # long enough to be seen in the middle
     wanted = stream.preset(WORLD.system_prompt, size, 1)
     wanted["training"] |= {"slots": 16, "max_tokens": 128}
     environ = settings(tmp_path, wanted) | {"OLYMPUS_MODEL__NAME": str(model), "OLYMPUS_MODEL__DTYPE": "float32"}
