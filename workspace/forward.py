@@ -23,7 +23,7 @@ from workspace.context import Context
 from workspace.models import LoadedModel
 from workspace.row_batch import RowBatch
 from workspace.row_cache import RowCache, Rows
-from workspace.row_slab import Slabs
+from workspace.row_slab import WHOEVER_CAN, Slabs
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class Forward:
     ``rows``: how many sequences have caches at a time whose attention can be computed as one (``row_slab.py``).
     """
 
-    def __init__(self, loaded: LoadedModel, compiled: CompileOptions | None = None, *, rows: int = 8):
+    def __init__(self, loaded: LoadedModel, compiled: CompileOptions | None = None, *, rows: int = 1):
         self._model = loaded.model
         self._device = loaded.device
         self._slabs = Slabs(rows) if rows > 1 and loaded.device.type == "cpu" else None
@@ -133,8 +133,9 @@ class Forward:
     def together(self, rows: Sequence[Row]) -> torch.Tensor:
         """Append each row's token to its own cache in one pass; logits [R, V] in float32.
 
-        Rows may be of any lengths and see nothing of each other: each attends to its own cache. Only the sums of the
-        linear layers may round differently than alone. If the pass fails, no cache has changed.
+        Rows may be of any lengths and see nothing of each other: each attends to its own cache. What is computed of
+        several at once, linear layers and attention, may round differently than alone. If the pass fails, no cache has
+        changed.
         """
         caches = Rows([row.cache for row in rows])
         batch = RowBatch(caches, tuple(row.context for row in rows))
@@ -175,7 +176,8 @@ class Forward:
         if not self.has_rows:
             return False
         prompts = [number % 29 for number in range(12)], [(5 * number + 3) % 29 for number in range(21)]
-        pairs = [[self.new_cache() for _ in range(2)] for _ in prompts]
+        slabs = None if self._slabs is None else Slabs(len(prompts), calls=WHOEVER_CAN)
+        pairs = [[RowCache(self._model.config, slabs=which) for which in (None, slabs)] for _ in prompts]
         if not all(cache.batchable for pair in pairs for cache in pair):
             return False
         compiled, self._compiled = self._compiled, None

@@ -1,4 +1,5 @@
-"""One token's attention over all that its row sees, on the way that is quickest for how much that is.
+"""One token's attention over all that its row sees, on the way that is quickest for how much that is; and of several
+rows at once, where their keys lie in one tensor (``row_slab.py``).
 
 The query heads of a key-value head stand in the place of queries, so that no key is repeated or read G times. Measured
 on one thread of a busy EPYC with SmolLM2's heads in bfloat16, microseconds after 64 | 512 | 2000 tokens that are in the
@@ -11,7 +12,7 @@ products and a softmax 74 | 92 | 110 | 181; with 8 key-value heads of 8 queries 
 270 | 504. Their scores are rounded to bfloat16, as those of the stock eager attention are: the result is then off by
 0.4 % (norm, relative) instead of 0.2 %.
 
-Shapes: H key-value heads, G query heads for each of them, N cached tokens, D head size.
+Shapes: S rows, H key-value heads, G query heads for each of them, N cached tokens, D head size.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ Shapes: R rows, H key-value heads, T tokens of a pass, N tokens a layer holds, D
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +27,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from workspace.row_slab import Group, Slabs, chosen
+from workspace.row_slab import Group, Lease, Slabs, chosen
 
 #: Tokens of room that a buffer has at least when it is made anew.
 _ROOM = 256
@@ -39,8 +38,8 @@ _AHEAD = 32
 class RowLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer of one sequence; ``window`` None keeps everything.
 
-    ``keys`` and ``values`` [1, H, N, D] are views, None while there is nothing. Whoever assigns other tensors (a capped
-    cache does) replaces the content; they are copied before anything is written.
+    ``keys`` and ``values`` [1, H, N, D] are views, good while the layer lives, and None while there is nothing. Whoever
+    assigns other tensors (a capped cache does) replaces the content; they are copied before anything is written.
     """
 
     def __init__(self, window: int | None = None, room: int = _ROOM):
@@ -53,19 +52,17 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
         self._start = self._end = self._capacity = 0
         self._ahead: tuple[tuple[Tensor, Tensor], ...] = ()  # places of single tokens, from ``_ahead_from`` on
         self._ahead_from = 0
-        self._home: tuple[Slabs, int, int] | None = None  # with the number of the layer, and its place
         self.place = -1  #: in the slabs, while the buffers are part of them
-        self._left_at = 0  # tokens that were written there before they no longer were
+        self._home: tuple[Lease, int] | None = None  # the place, and which of the model's layers this is
+        self._left = False  # once they no longer are
         super().__init__()
 
-    def settle(self, slabs: Slabs, layer: int, place: int) -> None:
-        """Have buffers in ``slabs``, as this ``layer``, while there is room for all that it holds."""
-        self._home = slabs, layer, place
+    def settle(self, lease: Lease, layer: int) -> None:
+        """Have buffers in a place of slabs, as this ``layer``, while there is room for all that it holds.
 
-    @property
-    def used(self) -> int:
-        """Tokens that were ever written to its place."""
-        return self._left_at if self.place < 0 else max(self._left_at, self._end + 1)
+        They are written over once nobody holds the lease, which layers do: what ``keys`` and ``values`` gave does not.
+        """
+        self._home = lease, layer
 
     # What transformers asks of a layer.
 
@@ -137,7 +134,7 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
             buffer.narrow(2, self._end, count).copy_(added)
         return self.seen(count)
 
-    def next(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def target(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Where one token [1, H, 1, D] is to be put: two tensors [1, H, D]."""
         if self._end == self._capacity:
             self._make_room(key, value)
@@ -174,10 +171,6 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
         self.commit(keys.shape[2])
         self.cumulative_length = seen
 
-    def nbytes(self) -> int:
-        """Bytes of the buffers."""
-        return 0 if self._buffers is None else sum(buffer.nbytes for buffer in self._buffers)
-
     def check_invariants(self) -> None:
         """Raise ``AssertionError`` if lengths contradict each other."""
         assert 0 <= self._start <= self._end <= self._capacity
@@ -206,18 +199,22 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _housed(self, key: Tensor, value: Tensor, needed: int) -> tuple[Tensor, Tensor] | None:
         """Its part of the slabs, where it may be there; otherwise it is there no longer."""
-        first = self._buffers is None  # later its own tokens, or somebody else's tensors, would be in the way
-        self._leave()
-        if self._home is None or not first:
+        if self._home is None or self._left:
             return None
-        slabs, layer, place = self._home
-        made = None if max(needed, self._room) > slabs.tokens else slabs.part(layer, place, key, value)
-        if made is not None:
-            self.place = place
+        lease, layer = self._home
+        made = None
+        if self._buffers is None and max(needed, self._room) <= lease.slabs.tokens:
+            made = lease.slabs.part(layer, lease.place, key, value)
+        if made is None:
+            self._leave()
+        else:
+            self.place = lease.place
         return made
 
     def _leave(self) -> None:
-        self._left_at, self.place = self.used, -1
+        """For good: what it has written there, and may still show, would be in the way of what it writes later."""
+        if self.place >= 0:
+            self.place, self._left = -1, True
 
     def _part(self, which: int) -> Tensor | None:
         if self._buffers is None:
@@ -243,7 +240,7 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
 class RowCache(DynamicCache):  # type: ignore[misc]
     """The cache of one sequence, with the layers that the configuration asks for. ``room``: tokens expected at first.
 
-    With ``slabs`` it has a place there, if one is free, until it is gone.
+    With ``slabs`` it has a place there, if one is free, until it and its layers are gone.
     Layers of kinds that are neither full nor sliding attention stay what transformers makes of them; such a cache
     cannot be a row of several (``batchable``).
     """
@@ -255,23 +252,15 @@ class RowCache(DynamicCache):  # type: ignore[misc]
         kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         self.layers = [_row_layer(kind, layer, room) for kind, layer in zip(kinds, self.layers, strict=True)]
         self.slabs = slabs
-        place = None if slabs is None else slabs.take()
-        if slabs is not None and place is not None:
-            settled = []
-            for index, layer in enumerate(self.layers):
-                if type(layer) is RowLayer and not layer.is_sliding:
-                    layer.settle(slabs, index, place)
-                    settled.append(layer)
-            weakref.finalize(self, _give_back, slabs, place, settled).atexit = False
+        lease = None if slabs is None or room > slabs.tokens else slabs.take()
+        for index, layer in enumerate(self.layers):
+            if lease is not None and type(layer) is RowLayer and not layer.is_sliding:
+                layer.settle(lease, index)
 
     @property
     def batchable(self) -> bool:
         """True when ``Rows`` may take it."""
         return all(type(layer) is RowLayer for layer in self.layers)
-
-    def nbytes(self) -> int:
-        """Bytes of all buffers, room included."""
-        return sum(layer.nbytes() for layer in self.layers if type(layer) is RowLayer)
 
     def check_invariants(self) -> None:
         """Raise ``AssertionError`` if a layer contradicts itself or another one."""
@@ -289,7 +278,7 @@ class Rows(Cache):  # type: ignore[misc]
         slabs = {cache.slabs for cache in self._caches} - {None}
         self._slabs = slabs.pop() if len(slabs) == 1 else None
         self._groups: dict[int, Group | None] = {}
-        self._last: tuple[tuple[int, ...], Group | None] | None = None  # places and ends, and what follows from them
+        self._chosen: dict[tuple[int, ...], Group | None] = {}  # by places and ends
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -305,25 +294,25 @@ class Rows(Cache):  # type: ignore[misc]
             first = key_states[:1], value_states[:1]
             # All copies in one call: each by itself would take longer to call than to do.
             keys, values = (states.squeeze(2).chunk(len(layers)) for states in (key_states, value_states))
-            targets = [part for row in alone for part in layers[row].next(*first)]
+            targets = [part for row in alone for part in layers[row].target(*first)]
             torch._foreach_copy_(targets, [part for row in alone for part in (keys[row], values[row])])
         return key_states, value_states
 
     def _group(self, layers: Sequence[RowLayer]) -> Group | None:
-        """Of layers that lie alike, as nearly all of a model do, it is found once."""
+        """The same for all layers that lie alike, as those of one kind do."""
         if self._slabs is None or len(layers) == 1:
             return None
         places, ends = [layer.place for layer in layers], [layer.end for layer in layers]
         lie = (*places, *ends)
-        if self._last is None or self._last[0] != lie:
-            self._last = lie, chosen(places, ends, self._slabs.tokens)
-        return self._last[1]
+        if lie not in self._chosen:
+            self._chosen[lie] = chosen(places, ends, self._slabs.tokens, self._slabs.calls)
+        return self._chosen[lie]
 
     def update_one(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """``update`` and ``seen`` for the only row [1, H, 1, D], in as few calls as can be."""
         (cache,) = self._caches
         own: RowLayer = cache.layers[layer]
-        to_key, to_value = own.next(key, value)
+        to_key, to_value = own.target(key, value)
         to_key.copy_(key.squeeze(2))
         to_value.copy_(value.squeeze(2))
         return own.seen()
@@ -356,10 +345,6 @@ class Rows(Cache):  # type: ignore[misc]
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Only they."""
         return query_length, 0
-
-
-def _give_back(slabs: Slabs, place: int, layers: Sequence[RowLayer]) -> None:
-    slabs.give_back(place, max((layer.used for layer in layers), default=0))
 
 
 def _row_layer(kind: str, layer: Any, room: int) -> Any:

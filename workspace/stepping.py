@@ -1,15 +1,14 @@
 """One round of the engine: the next token of every generation that is decoding, and a chunk of prompts.
 
 Generations that are decoding share one forward pass (``Forward.together``): each has its own cache, sampler, random
-generator, grammar, prefix and workspace, and its row attends to its own cache only, by the same kernel whether it is
-one of many or the only one. What the linear layers add up may round differently beside others, so in bfloat16 an
-answer can depend on its neighbours where two tokens are nearly equal. With ``batching="exact"`` every generation takes
-the stock model's own passes alone, and an answer is independent of what runs beside it and of what ran before, to the
-bit.
+generator, grammar, prefix and workspace, and its row attends to its own cache only. What is computed of several rows at
+once may round differently than alone, so in bfloat16 an answer can depend on its neighbours where two tokens are nearly
+equal. With ``batching="exact"`` every generation takes the stock model's own passes alone, and an answer is independent
+of what runs beside it and of what ran before, to the bit.
 
 A generation is stepped alone where its pass cannot be shared: the first pass after its prompt, a context that carries
-other things than a ``Context``, layers of unusual kinds. An error ends the generation that it comes
-from; when a shared pass fails, its rows are computed alone, which shows whose fault it is.
+other things than a ``Context``, layers of unusual kinds. An error ends the generation that it comes from; when a shared
+pass fails, its rows are computed alone, which shows whose fault it is.
 
 The prompt whose turn is the longest ago gets a chunk; what a chunk leaves goes to others that fit into it whole. So a
 short prompt waits for one chunk of each longer one and not for their ends, and nobody waits for ever.

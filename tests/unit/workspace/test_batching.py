@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -20,6 +21,7 @@ from workspace.generation import Generation, TokenChunk
 from workspace.models import LoadedModel
 from workspace.prefix import prefix_of_tokens
 from workspace.row_cache import RowCache, RowLayer
+from workspace.row_slab import WHOEVER_CAN, Group, Slabs
 from workspace.sampling import SamplingParams
 from workspace.steering import Steering
 from workspace.steering_types import Toggles
@@ -82,7 +84,7 @@ def test_rows_of_any_lengths_get_the_logits_of_single_passes(name: str, base: st
     """Windows of 8 are shorter than, as long as, and longer than the rows; eight steps go past their ends."""
     model = stock_model(name, base)
     assert adopt_attention(model)
-    forward = Forward(loaded(model))
+    forward = Forward(loaded(model), rows=10)
     assert forward.rows_agree()
     lengths = (1, 7, 8, 9, 40)
     prompts = [torch.randint(0, 100, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
@@ -106,10 +108,14 @@ def test_rows_of_any_lengths_get_the_logits_of_single_passes(name: str, base: st
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
 @pytest.mark.parametrize("others", [1, 4])
-def test_contexts_act_on_their_own_rows_only(others: int, name: str) -> None:
+def test_contexts_act_on_their_own_rows_only(others: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Virtual tokens, deltas and probes of three rows, beside some without: each as if it were alone."""
     hooked = hooked_model(name)
-    forward = Forward(hooked.loaded)
+    monkeypatch.setattr("workspace.forward.Slabs", functools.partial(Slabs, calls=WHOEVER_CAN))
+    groups: list[int] = []
+    attend = Group.attend
+    monkeypatch.setattr(Group, "attend", lambda self, *args: groups.append(len(self.rows)) or attend(self, *args))
+    forward = Forward(hooked.loaded, rows=16)
     vectors = torch.randn(3, hooked.hidden_size, generator=torch.Generator().manual_seed(1))
 
     def contexts() -> list[Context | None]:
@@ -135,6 +141,8 @@ def test_contexts_act_on_their_own_rows_only(others: int, name: str) -> None:
         ]
         rows = [Row(20, len(p), c, x) for p, c, x in zip(prompts, together, shared, strict=True)]
         torch.testing.assert_close(forward.together(rows), torch.stack(wanted), atol=2e-4, rtol=1e-4)
+    acting = [layer for layer in hooked.layers if layer in segments(hooked)]
+    assert groups.count(3 + others) >= (len(acting) if others > 1 else 0), "one group, and some of its rows beside it"
     for left, right in zip(apart, shared, strict=True):
         if left is None or right is None:
             continue
