@@ -2,10 +2,11 @@
 
 It acts with the domain's cartridge and a few experiences in the prompt, appends every experience to the history and
 tells a trigger. What the trigger starts runs elsewhere; when a new version serves, the memory names it and the next act
-uses it: no restart, no pause. Before there is any cartridge it acts with the long prompt, as ``HistoryAgent`` does.
+uses it: no restart, no pause.
 
-The few are the newest, or those whose words are nearest to the observation (``recent_choice``): what has changed since
-the last distillation is then at hand at once, as ``KNNAgent`` has it, and the cartridge knows what they are for.
+The few are the newest, and before there is any cartridge all, as in ``HistoryAgent``; or they are those whose words are
+nearest to the observation, with a cartridge and without (``recent_choice``). What has changed since the last
+distillation is then at hand at once, as in ``KNNAgent``, and the cartridge knows what it is for.
 """
 
 from __future__ import annotations

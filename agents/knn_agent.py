@@ -28,20 +28,19 @@ class WordNearest:
 
     def __init__(self, log: ExperienceLog):
         self._log = log
-        self._state: tuple[int, int] | None = None
-        self._records: Sequence[Record] = ()
+        self._indexed: list[tuple[int, str]] | None = None
         self._words: WordIndex | None = None
 
     def __call__(self, observation: str, limit: int) -> Sequence[Record]:
-        """See ``Nearest``. The index is made anew when experiences came or went."""
+        """See ``Nearest``. The index is made anew when experiences came or went; feedback that came later is seen."""
         records = self._log.records()
-        state = (len(records), records[-1].id if records else 0)
-        if state != self._state:
-            self._state, self._records = state, records
+        indexed = [(record.id, record.observation) for record in records]
+        if indexed != self._indexed:
+            self._indexed = indexed
             self._words = WordIndex([record.observation for record in records]) if records else None
         if self._words is None:
             return ()
-        return [self._records[place] for place, _ in self._words.best(observation, limit)]
+        return [records[place] for place, _ in self._words.best(observation, limit)]
 
 
 def episodic_nearest(episodic: EpisodicMemory, history: History) -> Callable[[ExperienceLog], Nearest]:

@@ -20,7 +20,7 @@ AGENTS = {
     "history": "the whole history in the prompt",
     "knn": "the nearest experiences in the prompt",
     "kv": "a cartridge",
-    "hybrid": "a cartridge and recent experiences; it lives on and is distilled again",
+    "hybrid": "a cartridge and a few experiences; it lives on and is distilled again",
 }
 
 

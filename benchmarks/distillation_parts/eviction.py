@@ -1,7 +1,7 @@
 """Training-free compression of the long prompt to as many slots as a cartridge has: what one has before any training.
 
 After KVzip (arXiv 2505.23416): the model reads a text, is asked to repeat it, and is fed the text again. A token's
-score is the greatest share of attention that any query of the repetition gives it; each key-value head keeps the best
+score is the greatest share of attention that any query of this second part gives it; each key-value head keeps the best
 of its own. Unlike there all heads keep equally many. Kept keys are turned from where they stood to their slots.
 
 Shapes: n tokens of the text, T of the repetition, H key-value heads, G query heads for each, D head size, p slots.
@@ -65,7 +65,10 @@ def repeated(loaded: LoadedModel, history: Sequence[Mapping[str, Any]]) -> tuple
 
 @torch.inference_mode()
 def evicted(loaded: LoadedModel, text: Sequence[int], again: Sequence[int], slots: int) -> KVPrefix:
-    """``slots`` tokens of ``text``, chosen by what ``again`` attends to, which asks for it and repeats it."""
+    """``slots`` tokens of ``text``, chosen by what ``again`` attends to, which asks for it and repeats it.
+
+    For models without query norms. On a layer with a sliding window all of the text counts as seen.
+    """
     rope, keys, values = _rope(loaded), [], []
     for index, layer in enumerate(_read(loaded, text, again)):
         chosen = torch.stack([_attended(layer, head, len(text), slots) for head in range(len(layer.keys))])  # [H, p]

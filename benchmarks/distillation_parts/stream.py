@@ -35,7 +35,9 @@ from memory.distillation.config import make_distill_config
 from workspace.engine import Engine
 
 HYBRID = "hybrid"
-_GATE_PROMPT = 256  #: tokens; the long prompt that the gate compares with is at chance at any length
+_GATE_PROMPT = 256  #: tokens at most of the long prompt that the gate compares with; a whole one costs a training
+    256  #: tokens at most of the long prompt that the gate compares with: a whole one takes as long as training
+)
 _CACHE_BYTES = 1 << 30  #: of keys and values of prompts; the whole history are 0.15 GB in the end
 
 
@@ -193,7 +195,8 @@ def told(
             "Held-out messages, asked with the memory frozen.",
             report.forgetting(scores, size.per_phase),
             f"Distillations: {len(runs)}, {promoted} promoted, {rejected} rejected; {paid:.0f} CPU s in all, dataset "
-            f"and gate included; the training alone {trained:.0f} s of wall time.",
+            f"and gate included; the training alone {trained:.0f} s of wall time. The gate's long prompt has at most "
+            f"{_GATE_PROMPT} tokens.",
             report.distillations(runs),
             _kill_told(killed),
             _swap_told(swapped),

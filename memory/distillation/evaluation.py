@@ -2,10 +2,10 @@
 
 Every arm answers the same questions, each with its own way to the memory:
 
-    memoryless    the question alone
+    memoryless    the student's prompt alone: the question, and beside it what ``data.recent_turns`` shows
     long_prompt   the question after the memory in the prompt, as the teacher saw it
-    cartridge     the question after the trained prefix
-    serving       the same with the prefix that serves now
+    cartridge     the same after the trained prefix
+    serving       the same after the prefix that serves now
 
 Measured for each question: whether the greedy answer is the right one, as text (``exact``); whether the right one is
 the likeliest of the known answers (``ranked``, where there are candidates); the right answer's negative log-likelihood

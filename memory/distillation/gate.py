@@ -36,9 +36,9 @@ from memory.distillation.errors import EvaluationError
 from memory.distillation.evaluation import Evaluation, Metric
 from memory.distillation.statistics import paired_difference
 
-#: A long prompt that is right less often than this beyond no memory at all is no standard to reach.
+#: A long prompt that is right less often than this beyond the student's prompt alone is no standard to reach.
 WORTHY = 0.20
-_CALLED = {"long_prompt": "the long prompt", "memoryless": "no memory", "serving": "the serving cartridge"}
+_CALLED = {"long_prompt": "the long prompt", "memoryless": "no cartridge", "serving": "the serving cartridge"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +166,6 @@ def _caveat(evaluation: Evaluation, config: GateConfig) -> str:
     if gain >= WORTHY:
         return ""
     return (
-        f". The long prompt itself gains only {100 * gain:.1f} points over no memory, so this says nothing about "
+        f". The long prompt itself gains only {100 * gain:.1f} points over no cartridge, so this says nothing about "
         "parity with a memory that works"
     )

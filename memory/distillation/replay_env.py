@@ -96,21 +96,21 @@ class ReplayEnvironment:
             yield self.item(sample)
 
     def _recent(self, sample: Sample, memory: Sequence[Record]) -> list[Record]:
-        """Those of ``memory`` for the student's prompt, in the share of samples that have them."""
+        """What the student is shown, in the share of samples that have it: the newest of ``memory``, or the nearest."""
         most = self._config.recent_turns
         if not most or chance(self._seed, "recent", sample.key).random() >= self._config.recent_share:
             return []
         if self._config.recent_choice == "nearest":
-            return self._nearest(sample.record.observation, {record.id for record in memory}, most)
+            return self._nearest(sample, most)
         return sorted(memory, key=lambda record: record.id)[-most:]
 
-    def _nearest(self, observation: str, allowed: set[int], most: int) -> list[Record]:
-        """The ``most`` nearest of the experiences with ``allowed`` ids, the nearest last, as the agents show them."""
+    def _nearest(self, sample: Sample, most: int) -> list[Record]:
+        """The ``most`` nearest of all other experiences, whatever the teacher sees; the nearest last, as agents do."""
         if self._words is None:
             self._words = WordIndex([record.observation for record in self._memory])
-        best = self._words.best(observation, len(self._memory))
-        found = [self._memory[place] for place, _ in best if self._memory[place].id in allowed]
-        return found[:most][::-1]
+        best = self._words.best(sample.record.observation, len(self._memory))
+        found = [self._memory[place] for place, _ in best]
+        return [record for record in found if content_key(record.observation) != sample.key][:most][::-1]
 
 
 def split_of(key: str, eval_share: float) -> str:

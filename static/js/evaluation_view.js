@@ -7,7 +7,7 @@ import { ceiling } from "./sparkline.js";
 import { mark } from "./triggers.js";
 
 const ARMS = { cartridge: "This cartridge", long_prompt: "The long prompt", memoryless: "No memory", serving: "What served then" };
-const RIVALS = { long_prompt: "the long prompt", memoryless: "no memory", serving: "what served then" };
+const RIVALS = { long_prompt: "the long prompt", memoryless: "no cartridge", serving: "what served then" };
 const SHARES = ["exact", "ranked"];
 
 function interval(value, format) {
@@ -112,8 +112,8 @@ export function comparisons(verdict) {
 export function gateWords(gate) {
   if (!gate) return "";
   const serving = gate.must_beat_serving ? " and what serves now" : "";
-  const nats = `it must be nearer to the long prompt's answers than the model without memory${gate.must_beat_serving ? `, and at most ${decimal(gate.margin, 2)} nats farther than what serves now` : ""}`;
-  const shares = `it may give at most ${decimal(100 * gate.margin, 1)} points fewer right answers than the long prompt, no memory${serving}, and right answers must be likelier than without memory`;
+  const nats = `it must be nearer to the long prompt's answers than the model without it${gate.must_beat_serving ? `, and at most ${decimal(gate.margin, 2)} nats farther than what serves now` : ""}`;
+  const shares = `it may give at most ${decimal(100 * gate.margin, 1)} points fewer right answers than the long prompt, no cartridge${serving}, and right answers must be likelier than without one`;
   const what = { kl: nats, auto: `where enough answers are known, ${shares}; otherwise ${nats}` }[gate.metric] ?? shares;
   return `The loss does not decide. The gate asks at least ${integer(gate.min_rows)} held-out questions: ${what}.`;
 }

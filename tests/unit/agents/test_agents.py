@@ -13,7 +13,7 @@ from agents.errors import AgentConfigError, NoCartridge, OutOfTurn, UnknownAgent
 from agents.experience_log import FileLog, HistoryLog
 from agents.history_agent import HistoryAgent
 from agents.hybrid_agent import HybridKVHistoryAgent
-from agents.knn_agent import KNNAgent, episodic_nearest
+from agents.knn_agent import KNNAgent, WordNearest, episodic_nearest
 from agents.kv_memory_agent import SYSTEM_PROMPT, KVMemoryAgent
 from agents.registry import AGENTS, make_agent
 from lm.engine_client import EngineClient
@@ -149,6 +149,18 @@ def test_the_hybrid_agent_can_look_up_what_stands_beside_the_cartridge() -> None
     log.append(NewExperience("an umbrella", "wet", "bank", "test"))
     assert frozen.act("my umbrella").messages[-2]["content"] == "X", "what came later is not known to it"
     assert agent.act("my umbrella").messages[-2]["content"] == "wet"
+
+
+def test_feedback_that_comes_later_is_seen_by_who_looks_up(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'lived.db'}")
+    migrate.upgrade(database)
+    history = History(database)
+    log, nearest = HistoryLog(history, "bank"), WordNearest(HistoryLog(history, "bank"))
+    record = log.append(NewExperience("my card is lost", "WRONG", "bank", "test"))
+    assert nearest("a lost card", 1)[0].feedback is None
+    history.give_feedback(record.id, "Incorrect! The correct answer is RIGHT.", 0.0)
+    assert nearest("a lost card", 1)[0].feedback == "Incorrect! The correct answer is RIGHT."
+    database.close()
 
 
 def test_the_knn_agent_shows_the_nearest_last() -> None:

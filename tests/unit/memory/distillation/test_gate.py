@@ -92,7 +92,7 @@ def test_clearly_worse_is_rejected_with_numbers() -> None:
     assert not verdict.passed
     assert "rejected on 60 held-out rows: 33.3% against 66.7% with the long prompt" in verdict.reason
     assert "allowed are -5.0" in verdict.reason
-    assert "no memory" not in verdict.reason  # only what failed
+    assert "no cartridge" not in verdict.reason  # only what failed
 
 
 def test_perhaps_worse_is_rejected_where_rows_are_few_and_passes_with_many() -> None:
@@ -121,7 +121,7 @@ def test_worse_than_no_memory_is_rejected() -> None:
     cartridge, memoryless = shares(60, 10, 40)
     verdict = judge(evaluation(cartridge=cartridge, long_prompt=cartridge, memoryless=memoryless), GateConfig())
     assert not verdict.passed
-    assert "with no memory" in verdict.reason
+    assert "with no cartridge" in verdict.reason
 
 
 def test_too_few_rows() -> None:
@@ -183,4 +183,4 @@ def test_right_answers_must_be_likelier_than_without_memory() -> None:
         verdict = judge(made, GateConfig(margin=0.05, min_rows=20))
         assert verdict.passed is passed
         assert verdict.comparisons[-1].metric == "nll"
-        assert ("nats against 10.00 with no memory" in verdict.reason) or passed
+        assert ("nats against 10.00 with no cartridge" in verdict.reason) or passed

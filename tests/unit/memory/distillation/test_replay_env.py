@@ -69,7 +69,11 @@ def test_a_share_of_the_students_sees_recent_turns() -> None:
 def test_the_student_can_be_shown_the_nearest_experiences_and_never_its_own() -> None:
     texts = ["my card is lost", "euros for dollars", "the card was stolen", "a lost card", "top up"]
     records = [record(number, text, f"a{number}", "Correct!") for number, text in enumerate(texts, start=1)]
-    items = list(environment(records, recent_turns=2, recent_share=1.0, recent_choice="nearest"))
+    shown = StrategyConfig(exclude_current=False)  # to the teacher
+    items = list(environment(records, shown, recent_turns=2, recent_share=1.0, recent_choice="nearest"))
+    window = StrategyConfig(name="rolling_window", window_k=1)
+    again = list(environment(records, window, recent_turns=2, recent_share=1.0, recent_choice="nearest"))
+    assert [item.prompt.student_messages for item in again] == [item.prompt.student_messages for item in items]
     said = {
         item.sample.record.id: [turn["content"] for turn in item.prompt.student_messages if turn["role"] == "assistant"]
         for item in items
