@@ -36,8 +36,6 @@ from workspace.engine import Engine
 
 HYBRID = "hybrid"
 _GATE_PROMPT = 256  #: tokens at most of the long prompt that the gate compares with; a whole one costs a training
-    256  #: tokens at most of the long prompt that the gate compares with: a whole one takes as long as training
-)
 _CACHE_BYTES = 1 << 30  #: of keys and values of prompts; the whole history are 0.15 GB in the end
 
 
