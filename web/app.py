@@ -43,6 +43,7 @@ from web.assets import Assets
 from web.jsonio import JsonProvider
 from web.origin import HostGuard
 from web.sessions import LoginLimiter, SessionCookies
+from web.unread import SkipUnread
 
 if TYPE_CHECKING:  # imported below only when none is given: it brings torch
     from olympus.runtime import Runtime
@@ -69,6 +70,7 @@ def create_app(settings: Settings | None = None, runtime: Runtime | None = None)
     if server.trusted_proxies > 0:
         hops = server.trusted_proxies
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]
+    app.wsgi_app = SkipUnread(app.wsgi_app, server.max_body_bytes)  # type: ignore[method-assign]
     _install(app, runtime)
     kept = (kernels, kernel_files, pantheon, history, history_files, memory, cartridges, distillation)
     admin = (keys, administration, system, forgetting)
