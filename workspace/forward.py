@@ -23,7 +23,7 @@ from workspace.context import Context
 from workspace.models import LoadedModel
 from workspace.row_batch import RowBatch
 from workspace.row_cache import RowCache, Rows
-from workspace.row_slab import WHOEVER_CAN, Slabs
+from workspace.row_slab import Slabs
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ class Forward:
         if not self.has_rows:
             return False
         prompts = [number % 29 for number in range(12)], [(5 * number + 3) % 29 for number in range(21)]
-        slabs = None if self._slabs is None else Slabs(len(prompts), calls=WHOEVER_CAN)
+        slabs = None if self._slabs is None else Slabs(len(prompts), forced=True)
         pairs = [[RowCache(self._model.config, slabs=which) for which in (None, slabs)] for _ in prompts]
         if not all(cache.batchable for pair in pairs for cache in pair):
             return False

@@ -27,7 +27,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from workspace.row_slab import Group, Lease, Slabs, chosen
+from workspace.row_slab import FEWEST, Group, Lease, Slabs, chosen
 
 #: Tokens of room that a buffer has at least when it is made anew.
 _ROOM = 256
@@ -300,12 +300,12 @@ class Rows(Cache):  # type: ignore[misc]
 
     def _group(self, layers: Sequence[RowLayer]) -> Group | None:
         """The same for all layers that lie alike, as those of one kind do."""
-        if self._slabs is None or len(layers) == 1:
+        if self._slabs is None or len(layers) < (2 if self._slabs.forced else FEWEST):
             return None
         places, ends = [layer.place for layer in layers], [layer.end for layer in layers]
         lie = (*places, *ends)
         if lie not in self._chosen:
-            self._chosen[lie] = chosen(places, ends, self._slabs.tokens, self._slabs.calls)
+            self._chosen[lie] = chosen(places, ends, self._slabs.tokens, forced=self._slabs.forced)
         return self._chosen[lie]
 
     def update_one(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:

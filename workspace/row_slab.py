@@ -41,7 +41,14 @@ TOKENS = 2048
 _TOGETHER = 870.0
 _FUSED, _FUSED_TOKEN = 290, 2.1
 _TWO = 840
-WHOEVER_CAN = -1e9
+_ANY = -1e9  # instead of the first: whatever it costs
+
+#: Fewer rows of a pass than this attend alone. Up to four get what each would get alone, to the bit, where weights are
+#: quantised: a seed gives the same answer beside others. With five the head's product changes, too (``quantised.py``).
+FEWEST = 5
+
+#: The attended tokens are a multiple of this: the products' kernels are compiled for each length, and kept.
+_STEP = 32
 
 
 class Lease:
@@ -57,11 +64,11 @@ class Slabs:
     """``count`` places for sequences of up to ``tokens`` tokens, on a CPU. May be used from several threads.
 
     A place is taken for all layers at once. Pages of memory are used when something is written to them, and given back
-    when the sequence leaves. ``calls``: what it costs to attend as one, see ``chosen``; ``WHOEVER_CAN`` forces it.
+    when the sequence leaves. ``forced``: rows attend as one wherever they can, not where it is worth it.
     """
 
-    def __init__(self, count: int, tokens: int = TOKENS, *, calls: float = _TOGETHER):
-        self.tokens, self.calls = tokens, calls
+    def __init__(self, count: int, tokens: int = TOKENS, *, forced: bool = False):
+        self.tokens, self.forced = tokens, forced
         self._lock = threading.RLock()  # the garbage collector may give a place back in the midst of anything
         self._count = count
         self._free = list(range(count))  # a heap: the lowest first, so that rows lie beside each other
@@ -188,12 +195,13 @@ class Group:
         return own.reshape(len(self.rows), 1, -1, own.shape[-1])
 
 
-def chosen(places: Sequence[int], ends: Sequence[int], room: int, calls: float = _TOGETHER) -> Group | None:
+def chosen(places: Sequence[int], ends: Sequence[int], room: int, *, forced: bool = False) -> Group | None:
     """The rows whose attention saves most as one, by the constants above; None where none does.
 
     They are all rows up to some length in a run of places. ``places`` of the rows, -1 for one that has none; ``ends``:
-    tokens that each holds, to which this pass adds one. ``calls`` stands for what a group costs beside its tokens.
+    tokens that each holds, to which this pass adds one.
     """
+    calls = _ANY if forced else _TOGETHER
     lengths = [end + 1 for end in ends]
     can = [row for row, place in enumerate(places) if place >= 0 and lengths[row] <= room]
     can.sort(key=places.__getitem__)
@@ -209,17 +217,17 @@ def chosen(places: Sequence[int], ends: Sequence[int], room: int, calls: float =
             gain = saved + begin - (places[row] + 1) * tokens - calls
             if gain > most and last > first:
                 most, members = gain, rows[first : last + 1]
-    return _group(places, lengths, sorted(members)) if members else None
+    return _group(places, lengths, sorted(members), room) if members else None
 
 
 def _alone(length: int) -> float:
     return min(_FUSED + _FUSED_TOKEN * length, _TWO + length)
 
 
-def _group(places: Sequence[int], lengths: Sequence[int], rows: Sequence[int]) -> Group:
+def _group(places: Sequence[int], lengths: Sequence[int], rows: Sequence[int], room: int) -> Group:
     taken = [places[row] for row in rows]
     first, span = min(taken), max(taken) - min(taken) + 1
-    tokens = max(lengths[row] for row in rows)
+    tokens = min(room, -(-max(lengths[row] for row in rows) // _STEP) * _STEP)
     of_place = {place - first: row for place, row in zip(taken, rows, strict=True)}
     seen = torch.tensor([lengths[of_place[place]] if place in of_place else 1 for place in range(span)])  # [S]
     hidden = torch.zeros(span, tokens).masked_fill_(torch.arange(tokens) >= seen[:, None], -math.inf)

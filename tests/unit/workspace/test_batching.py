@@ -21,7 +21,7 @@ from workspace.generation import Generation, TokenChunk
 from workspace.models import LoadedModel
 from workspace.prefix import prefix_of_tokens
 from workspace.row_cache import RowCache, RowLayer
-from workspace.row_slab import WHOEVER_CAN, Group, Slabs
+from workspace.row_slab import Group, Slabs
 from workspace.sampling import SamplingParams
 from workspace.steering import Steering
 from workspace.steering_types import Toggles
@@ -111,7 +111,7 @@ def test_rows_of_any_lengths_get_the_logits_of_single_passes(name: str, base: st
 def test_contexts_act_on_their_own_rows_only(others: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Virtual tokens, deltas and probes of three rows, beside some without: each as if it were alone."""
     hooked = hooked_model(name)
-    monkeypatch.setattr("workspace.forward.Slabs", functools.partial(Slabs, calls=WHOEVER_CAN))
+    monkeypatch.setattr("workspace.forward.Slabs", functools.partial(Slabs, forced=True))
     groups: list[int] = []
     attend = Group.attend
     monkeypatch.setattr(Group, "attend", lambda self, *args: groups.append(len(self.rows)) or attend(self, *args))

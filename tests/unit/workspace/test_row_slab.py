@@ -102,7 +102,7 @@ def test_sequences_that_come_and_go_get_the_logits_of_single_passes(
     name: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Six sequences at most and four places of 24 tokens: some have none, some outgrow theirs, rows change order."""
-    monkeypatch.setattr("workspace.forward.Slabs", functools.partial(Slabs, tokens=24, calls=row_slab.WHOEVER_CAN))
+    monkeypatch.setattr("workspace.forward.Slabs", functools.partial(Slabs, tokens=24, forced=True))
     groups: list[int] = []
     attend = Group.attend
     monkeypatch.setattr(Group, "attend", lambda self, *args: groups.append(len(self.rows)) or attend(self, *args))
