@@ -380,7 +380,7 @@ def test_a_capped_cache_never_evicts_the_prefix(tiny: LoadedModel, make_engine: 
 
             def fed(self, start: int, count: int) -> None:
                 run.fed(start, count)
-                kept.append(self.cache.layers[1].keys[:, :, :slots])
+                kept.append(self.cache.layers[1].keys[:, :, :slots].clone())  # what it gives lives as long as it
 
             def chosen(self, logits: torch.Tensor, token: int) -> bool:
                 return run.chosen(logits, token)
