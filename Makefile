@@ -29,7 +29,7 @@ test: lint ## set up, check the style and pass the tests
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS) tests/e2e tests/integration tests/peers tests/reliability
 
 test-all: lint ## everything, with the slow proofs
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OLYMPUS_HYPOTHESIS=explore $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(VENV)/.dev ## print the ratios that we claim
 	$(BIN)/python benchmarks/engine.py

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+import hypothesis
 import pytest
 
 # As in the kernels' own threads: sums are bit-equal only for equal numbers of threads. Before torch is imported.
@@ -20,6 +21,11 @@ from tests.support.server import free_port
 
 if TYPE_CHECKING:
     from workspace.models import LoadedModel
+
+# Every run looks at the same cases, so that what passes here passes there; OLYMPUS_HYPOTHESIS=explore looks for others.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.register_profile("explore", derandomize=False)
+hypothesis.settings.load_profile(os.environ.get("OLYMPUS_HYPOTHESIS", "same"))
 
 ROOT = Path(__file__).resolve().parents[1]
 
