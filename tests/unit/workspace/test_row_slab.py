@@ -143,6 +143,12 @@ def test_sequences_that_come_and_go_get_the_logits_of_single_passes(
     slabs.check_invariants()
 
 
+def of_llama(rows: int) -> Forward:
+    model = stock_model("llama", "sdpa")
+    assert adopt_attention(model)
+    return Forward(loaded(model), rows=rows)
+
+
 def filled(forward: Forward, prompt: list[int]) -> RowCache:
     cache = forward.new_cache()
     forward(prompt, cache, 0, {})
@@ -151,9 +157,7 @@ def filled(forward: Forward, prompt: list[int]) -> RowCache:
 
 def test_what_a_sequence_left_is_not_felt_by_the_next() -> None:
     """Numbers that are none, beyond the end of a padded row: zero times them would be none either."""
-    model = stock_model("llama", "sdpa")
-    assert adopt_attention(model)
-    forward = Forward(loaded(model), rows=8)
+    forward = of_llama(8)
     with torch.inference_mode():
         first, second = filled(forward, [5] * 30), filled(forward, [6] * 30)
         for layer in first.layers:
@@ -170,9 +174,7 @@ def test_what_a_sequence_left_is_not_felt_by_the_next() -> None:
 
 def test_nor_where_one_came_between_that_never_wrote() -> None:
     """A prompt that is too long for a place takes none; one that is cancelled before it is read leaves it as it was."""
-    model = stock_model("llama", "sdpa")
-    assert adopt_attention(model)
-    forward = Forward(loaded(model), rows=2)
+    forward = of_llama(2)
     slabs = forward._slabs
     assert slabs is not None
     with torch.inference_mode():
@@ -190,9 +192,7 @@ def test_nor_where_one_came_between_that_never_wrote() -> None:
 
 
 def test_layers_that_are_kept_without_their_cache_keep_the_place() -> None:
-    model = stock_model("llama", "sdpa")
-    assert adopt_attention(model)
-    forward = Forward(loaded(model), rows=2)
+    forward = of_llama(2)
     with torch.inference_mode():
         cache = filled(forward, [5] * 30)
         layers = cache.layers
@@ -205,9 +205,7 @@ def test_layers_that_are_kept_without_their_cache_keep_the_place() -> None:
 
 @pytest.mark.parametrize("rows", [2, 8])
 def test_attending_as_one_is_tried_before_it_is_done(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = stock_model("llama", "sdpa")
-    assert adopt_attention(model)
-    forward = Forward(loaded(model), rows=rows)
+    forward = of_llama(rows)
     held = [forward.new_cache() for _ in range(rows)]
     assert forward.rows_agree()
     attend = Group.attend
@@ -218,12 +216,10 @@ def test_attending_as_one_is_tried_before_it_is_done(rows: int, monkeypatch: pyt
 
 def test_a_layer_whose_keys_were_replaced_has_buffers_of_its_own() -> None:
     """A capped cache keeps a part of them, which may be a view of where they lay."""
-    model = stock_model("llama", "sdpa")
-    assert adopt_attention(model)
-    forward = Forward(loaded(model), rows=8)
+    forward = of_llama(8)
     with torch.inference_mode():
         cache, beside = filled(forward, list(range(20))), filled(forward, [3] * 9)
-        apart = RowCache(model.config)
+        apart = RowCache(forward._model.config)
         forward(list(range(20)), apart, 0, {})
         for layer in (*cache.layers, *apart.layers):
             layer.keys, layer.values = layer.keys[:, :, 5:], layer.values[:, :, 5:]
@@ -235,9 +231,7 @@ def test_a_layer_whose_keys_were_replaced_has_buffers_of_its_own() -> None:
 
 
 def test_memory_is_given_back_with_the_last_sequence() -> None:
-    model = stock_model("llama", "sdpa")
-    assert adopt_attention(model)
-    forward = Forward(loaded(model), rows=2)
+    forward = of_llama(2)
     slabs = forward._slabs
     assert slabs is not None
     with torch.inference_mode():
@@ -281,9 +275,7 @@ def test_a_machine_without_memory_for_it_goes_on(monkeypatch: pytest.MonkeyPatch
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(Slabs, "_made", refuse)
-    model = stock_model("llama", "sdpa")
-    assert adopt_attention(model)
-    forward = Forward(loaded(model), rows=8)
+    forward = of_llama(8)
     with torch.inference_mode():
         caches = [filled(forward, [1, 2, 3]), filled(forward, [4, 5])]
         found = forward.together([Row(6, 3, caches[0]), Row(6, 2, caches[1])])
