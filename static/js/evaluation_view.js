@@ -6,7 +6,7 @@ import { sentence } from "./convergence.js";
 import { ceiling } from "./sparkline.js";
 import { mark } from "./triggers.js";
 
-const ARMS = { cartridge: "This cartridge", long_prompt: "The long prompt", memoryless: "No memory", serving: "What served then" };
+const ARMS = { cartridge: "This cartridge", long_prompt: "The long prompt", memoryless: "No cartridge", serving: "What served then" };
 const RIVALS = { long_prompt: "the long prompt", memoryless: "no cartridge", serving: "what served then" };
 const SHARES = ["exact", "ranked"];
 
