@@ -19,7 +19,8 @@ class IncrementalDetokenizer:
     """Turns tokens into text one by one; the pieces joined are the text that follows the prompt.
 
     Handles characters spread over several byte tokens, byte-fallback vocabularies and decoders that treat the first
-    token specially. Special tokens are left out.
+    token specially. Special tokens are left out. A NUL is shown as U+FFFD: PostgreSQL cannot store one, and an answer
+    shall be the same when it is streamed, when it is kept, and when it is asked for again.
     """
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int]):
@@ -44,13 +45,13 @@ class IncrementalDetokenizer:
             self._move_window()
         else:
             self._given = len(settled)
-        return fresh
+        return fresh.replace("\x00", _REPLACEMENT)
 
     def flush(self) -> str:
         """What is left at the end: replacement characters for a sequence that was never completed."""
         fresh = self._decode(self._window)[self._given :]
         self._given += len(fresh)
-        return fresh
+        return fresh.replace("\x00", _REPLACEMENT)
 
     def _move_window(self) -> None:
         """Keep the tokens since the last move as context: enough for a decoder that looks one token back."""

@@ -273,14 +273,14 @@ def test_metrics_and_events_flow(make_world: MakeWorld) -> None:
 def test_chats_come_first(make_world: MakeWorld) -> None:
     busy = threading.Event()
     busy.set()
-    world = make_world(busy=busy.is_set, serve_share=0.001, serve_pause_ms=1000, patience_evaluations=10_000)
+    world = make_world(busy=busy.is_set, serve_share=0.001, serve_pause_ms=5000, patience_evaluations=10_000)
     kernel = world.tiny(experiences=tuple(facts(40)))
     world.wait_for(kernel, "training", step=1)
     time.sleep(1.5)
     assert world.zeus.status(kernel)["step"] <= 4
     begun = time.monotonic()
     world.zeus.pause(kernel)
-    assert time.monotonic() - begun < 0.9  # resting does not delay a stop
+    assert time.monotonic() - begun < 3  # resting does not delay a stop
 
 
 # -- trouble ----------------------------------------------------------------------------------------------------
@@ -310,13 +310,18 @@ def test_a_stalled_thread_is_shown_and_gives_up_its_place(
 ) -> None:
     monkeypatch.setattr(continuous_trainer, "STALL_SECONDS", 0.3)
     release, original = threading.Event(), TrainingSession.advance
+    age = KernelTrainingThread.heartbeat_age
 
     def hang(self: TrainingSession) -> Any:
         if self.live.seed == 99:
             release.wait(20)
         return original(self)
 
+    def age_of_ares(self: KernelTrainingThread) -> float:
+        return age(self) if self.kernel_id.startswith("ares-") else 0.0  # on a busy machine hera would stall, too
+
     monkeypatch.setattr(TrainingSession, "advance", hang)
+    monkeypatch.setattr(KernelTrainingThread, "heartbeat_age", age_of_ares)
     monkeypatch.setattr(KernelTrainingThread, "_show", lambda *_, **__: None)
     world = make_world(max_concurrent=1, patience_evaluations=10_000)
     request = SpawnRequest(name="ares", domain="d", config=TINY, seed=99, experiences=tuple(facts(40)))

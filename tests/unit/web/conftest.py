@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,8 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny-llama")
 
 
-@pytest.fixture(scope="session")
-def make_runtime(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Iterator[MakeRuntime]:
-    """``make_runtime(model=True, start=True, **settings)``: a runtime with its own folder; all stop at the end."""
+@contextmanager
+def _runtimes(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Iterator[MakeRuntime]:
     made: list[Runtime] = []
 
     def make(*, model: bool = False, start: bool = True, **sections: dict[str, Any]) -> Runtime:
@@ -54,16 +54,33 @@ def make_runtime(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path)
         assert runtime.admission.counts()["chats"] == runtime.admission.counts()["streams"] == 0
 
 
+@pytest.fixture(scope="module")
+def make_runtime(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Iterator[MakeRuntime]:
+    """``make_runtime(model=True, start=True, **settings)``: a runtime with its own folder; stops with the module.
+
+    A hundred servers that nobody asks any more would each keep seven threads until the last test.
+    """
+    with _runtimes(tmp_path_factory, tiny_model_dir) as make:
+        yield make
+
+
 @pytest.fixture(scope="session")
-def served(make_runtime: MakeRuntime) -> Flask:
+def lasting_runtime(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Iterator[MakeRuntime]:
+    """As ``make_runtime``, for the two that all modules share; they stop with the last test."""
+    with _runtimes(tmp_path_factory, tiny_model_dir) as make:
+        yield make
+
+
+@pytest.fixture(scope="session")
+def served(lasting_runtime: MakeRuntime) -> Flask:
     """On loopback, with the tiny model, no key needed."""
-    return create_app(runtime=make_runtime(model=True))
+    return create_app(runtime=lasting_runtime(model=True))
 
 
 @pytest.fixture(scope="session")
-def guarded(make_runtime: MakeRuntime) -> Flask:
+def guarded(lasting_runtime: MakeRuntime) -> Flask:
     """Listens on all addresses, so every request needs a key. No model."""
-    return create_app(runtime=make_runtime(server={"host": "0.0.0.0", "api_key": BOOTSTRAP}))
+    return create_app(runtime=lasting_runtime(server={"host": "0.0.0.0", "api_key": BOOTSTRAP}))
 
 
 @pytest.fixture

@@ -101,6 +101,15 @@ def test_stops_and_retries(client: FlaskClient, runtime: Runtime) -> None:
     assert other.json["error"]["code"] == "idempotency_key_reused"
 
 
+def test_a_character_that_no_database_keeps_is_the_same_in_every_telling(client: FlaskClient, runtime: Runtime) -> None:
+    (nul,) = runtime.engine.encode("\x00")
+    headers = {"Idempotency-Key": "nul"}
+    first = client.post(PATH, json=body(max_tokens=3, logit_bias={str(nul): 100}), headers=headers).json
+    again = client.post(PATH, json=body(max_tokens=3, logit_bias={str(nul): 100}), headers=headers)
+    assert first["choices"][0]["text"] == "\ufffd" * 3
+    assert (again.json["choices"], again.headers["Idempotent-Replayed"]) == (first["choices"], "true")
+
+
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"echo": True}, "echo", "only False is supported"),
     ({"suffix": "end"}, "suffix", "not supported yet"),

@@ -46,7 +46,7 @@ def decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
 @given(text=st.text(max_size=60))
 @settings(max_examples=150)
 def test_valid_text_streams_exactly_and_needs_no_flush(text: str, byte_level: PreTrainedTokenizerFast) -> None:
-    ids = byte_level.encode(text.replace("\ufffd", ""), add_special_tokens=False)
+    ids = byte_level.encode(text.replace("\ufffd", "").replace("\x00", ""), add_special_tokens=False)
     pieces, rest = stream(byte_level, [], ids)
     assert "".join(pieces) == decode(byte_level, ids)
     assert rest == ""
@@ -59,7 +59,12 @@ def test_random_tokens_stream_to_what_decode_says(seed: int, length: int, byte_l
     chooser = random.Random(seed)
     ids = [chooser.randrange(len(byte_level)) for _ in range(length)]
     pieces, rest = stream(byte_level, [], ids)
-    assert "".join(pieces) + rest == decode(byte_level, ids)
+    assert "".join(pieces) + rest == decode(byte_level, ids).replace("\x00", "\ufffd")
+
+
+def test_a_nul_is_shown_as_what_a_database_can_keep(byte_level: PreTrainedTokenizerFast) -> None:
+    pieces, rest = stream(byte_level, [], byte_level.encode("a\x00b👍\x00", add_special_tokens=False))
+    assert "".join(pieces) + rest == "a\ufffdb👍\ufffd"
 
 
 def test_an_emoji_of_many_tokens_comes_out_whole(byte_level: PreTrainedTokenizerFast) -> None:
