@@ -43,6 +43,21 @@ def test_a_state_between_cycles_is_its_core_and_nothing_else():
     torch.testing.assert_close(kernel.core.units_of(kernel.core.lift(units)), units)
 
 
+@pytest.mark.parametrize("width", [8, 20])
+def test_a_kernel_without_weights_spoils_no_later_one(width: int):
+    """All kernels of a width share one read-out, which the first of them makes."""
+    config = KernelConfig.preset("nano", core=8, width=width)
+    projection.cache_clear()
+    expected = M8Kernel(config, seed=3)(_ids()).logits
+    projection.cache_clear()
+    with torch.device("meta"):
+        M8Kernel(config)
+    kernel = M8Kernel(config, seed=3)
+    assert {buffer.device.type for buffer in kernel.buffers()} == {"cpu"}
+    assert torch.equal(kernel(_ids()).logits, expected)
+    assert projection(width, 8).device.type == "cpu"
+
+
 def test_what_a_cycle_leaves_outside_the_core_is_gone():
     """The second pass from a core alone equals the second pass from the whole carry: there is no other channel."""
     kernel = _kernel()
