@@ -182,9 +182,10 @@ class CheckpointStore:
         ``valid`` means: the manifest is the one that was committed and every file has its size. Content is
         verified whenever a checkpoint is loaded.
         """
-        with self._database.read() as session:
-            rows = list(session.scalars(_rows(kernel_id).order_by(Checkpoint.step.desc())))
-        with self._lock:
+        with self._lock:  # retention removes a directory, then its row: between the two it would look damaged
+            with self._database.read() as session:
+                rows = list(session.scalars(_rows(kernel_id).order_by(Checkpoint.step.desc())))
+            valid = {row.name for row in rows if self._is_as_committed(row)}
             used = self._used(kernel_id)
         candidates = [_candidate(row) for row in rows]
         reasons = retention.kept_by(candidates, self._policy, used)
@@ -193,7 +194,9 @@ class CheckpointStore:
             "kernel_id": kernel_id,
             "policy": retention.policy_json(self._policy),
             "total_bytes": sum(row.bytes for row in rows),
-            "checkpoints": [self._row_json(row, reasons[row.name], row.name in used) for row in rows],
+            "checkpoints": [
+                _row_json(row, reasons[row.name], valid=row.name in valid, used=row.name in used) for row in rows
+            ],
             "next_to_delete": retention.next_to_delete(candidates, self._policy, next_step, used),
         }
 
@@ -310,24 +313,27 @@ class CheckpointStore:
             row.holdout_loss, row.phi = manifest.metrics.get("holdout_loss"), manifest.metrics.get("phi")
             row.converged, row.pinned = bool(row.converged) or converged, bool(row.pinned) or pinned
 
-    def _row_json(self, row: Checkpoint, reasons: list[str], used: bool) -> dict[str, Any]:
+    def _is_as_committed(self, row: Checkpoint) -> bool:
         try:
-            valid = read_manifest(self.path(row.kernel_id, row.name)).sha256 == row.sha256
+            return read_manifest(self.path(row.kernel_id, row.name)).sha256 == row.sha256
         except CheckpointInvalid:
-            valid = False
-        return {
-            "id": row.name,
-            "step": row.step,
-            "created_at": row.created_at,
-            "bytes": row.bytes,
-            "sha256": row.sha256,
-            "kept_by": reasons,
-            "metrics": {"holdout": row.holdout_loss, "phi": row.phi},
-            "converged": row.converged,
-            "valid": valid,
-            "in_use": used,
-            "pinned": row.pinned,
-        }
+            return False
+
+
+def _row_json(row: Checkpoint, reasons: list[str], *, valid: bool, used: bool) -> dict[str, Any]:
+    return {
+        "id": row.name,
+        "step": row.step,
+        "created_at": row.created_at,
+        "bytes": row.bytes,
+        "sha256": row.sha256,
+        "kept_by": reasons,
+        "metrics": {"holdout": row.holdout_loss, "phi": row.phi},
+        "converged": row.converged,
+        "valid": valid,
+        "in_use": used,
+        "pinned": row.pinned,
+    }
 
 
 def _rows(kernel_id: str) -> sa.Select[Checkpoint]:

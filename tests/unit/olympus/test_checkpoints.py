@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +56,27 @@ def test_what_is_published_is_read_back_and_indexed(store: CheckpointStore) -> N
     assert described["total_bytes"] == loaded.manifest.bytes
     assert described["policy"]["converged"] is None
     store.check_invariants()
+
+
+def test_one_that_is_being_removed_is_not_shown_as_damaged(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(store, 100)
+    publish(store, 200)
+    halfway, delete_row = threading.Event(), store._delete_row
+
+    def slowly(kernel_id: str, name: str) -> None:
+        halfway.set()
+        time.sleep(0.2)
+        delete_row(kernel_id, name)
+
+    monkeypatch.setattr(store, "_delete_row", slowly)
+    thread = threading.Thread(target=store.delete, args=(ID, "step-00000100"))
+    thread.start()
+    assert halfway.wait(10)
+    assert not store.path(ID, "step-00000100").exists()
+    assert [(row["step"], row["valid"]) for row in store.describe(ID)["checkpoints"]] == [(200, True)]
+    thread.join(10)
 
 
 def test_names_are_steps_and_nothing_else() -> None:
