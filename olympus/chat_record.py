@@ -22,7 +22,7 @@ def to_experience(
 ) -> NewExperience | None:
     """The exchange as it is stored, or None when there is nothing to remember. ``said``: what was asked, as a text."""
     cancelled = finished.finish_reason == "cancelled"
-    action = _storable(finished.text)
+    action = finished.text
     if (cancelled and not action) or not (said or action):
         return None
     return NewExperience(
@@ -127,7 +127,7 @@ def _meta(request: ChatRequest, model: ModelCard, key: str | None, finished: Cha
     if finished.others:  # beside the experience, which is the first one's: nothing learns from them
         meta["choices"] = [
             {
-                "text": _storable(choice.text),
+                "text": choice.text,
                 "finish_reason": choice.finish_reason,
                 "completion_tokens": choice.completion_tokens,
             }
@@ -157,7 +157,7 @@ def _said(choice: Choice) -> dict[str, Any]:
     if choice.reasoning_tokens is not None:
         said["reasoning_tokens"] = choice.reasoning_tokens
     if choice.reasoning:
-        said["reasoning"] = _storable(choice.reasoning)
+        said["reasoning"] = choice.reasoning
     if choice.tool_calls:
         said["tool_calls"] = [
             {"name": _storable(call.name), "arguments": _storable(call.arguments)} for call in choice.tool_calls
@@ -166,4 +166,5 @@ def _said(choice: Choice) -> dict[str, Any]:
 
 
 def _storable(text: str) -> str:
-    return text.replace("\x00", "\ufffd")  # PostgreSQL stores no NUL
+    """For what does not come from the detokenizer, which gives no NUL: prompts of ids, and what JSON has decoded."""
+    return text.replace("\x00", "\ufffd")  # PostgreSQL stores none

@@ -172,8 +172,7 @@ def test_a_retry_gets_the_recorded_answer(make: Make, history: History) -> None:
     _, again = answer(service, wanted)
     assert again.replayed
     assert not first.replayed
-    said = first.text.replace("\x00", "\ufffd")  # which a random model may say, and the history does not hold
-    assert (again.text, again.experience_id) == (said, first.experience_id)
+    assert (again.text, again.experience_id) == (first.text, first.experience_id)
     assert (again.prompt_tokens, again.completion_tokens) == (first.prompt_tokens, first.completion_tokens)
     assert history.count() == 1
     _, other = answer(service, request(idempotency_key="k1", temperature=1.0, actor="somebody else"))
